@@ -1,0 +1,67 @@
+"""Parts that the embedded recipe `openmoji` shares between its stages: small networks for 32-pixel drawings.
+
+Rendered from OpenMoji (CC BY-SA 4.0) by `python -m mmcore_jax.prepare --dataset openmoji --output data/openmoji`.
+"""
+
+from ml_collections import ConfigDict
+
+IMAGE_SIZE = 32
+VOCABULARY = 4096  # room for the 3,335 tokens of the captions
+DATA = "data/openmoji"
+TOKENIZER = f"{DATA}/tokenizer"
+
+
+def shards(task: str, split: str = "train") -> str:
+    """The shards of a task, as a glob."""
+    return f"{DATA}/{task}-{split}-*.array_record"
+
+
+def siglip(text: bool) -> ConfigDict:
+    """A SigLIP of 128 channels; the stages after the first use its vision tower only."""
+    vision = dict(width=128, depth=3, heads=2, mlp_width=512, image_size=IMAGE_SIZE, patch_size=4)
+    words = dict(width=128, depth=2, heads=2, mlp_width=512, vocab_size=VOCABULARY, max_length=16)
+    return ConfigDict(dict(vision=vision, text=words if text else None))
+
+
+def vlm() -> ConfigDict:
+    """A Qwen2.5-VL of 192 channels."""
+    vision = dict(
+        width=96, depth=2, heads=2, mlp_width=256, patch_size=4, merge_size=2, window_size=16, full_attention_blocks=(1,)
+    )
+    return ConfigDict(
+        dict(
+            width=192,
+            depth=4,
+            heads=6,
+            kv_heads=2,
+            mlp_width=512,
+            vocab_size=VOCABULARY,
+            mrope_section=(4, 6, 6),
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-6,
+            tie_embeddings=True,
+            vision=vision,
+        )
+    )
+
+
+def queries() -> ConfigDict:
+    """K = 2: four query tokens."""
+    return ConfigDict(dict(grid=2))
+
+
+def connector() -> ConfigDict:
+    """MMCORE's linear map to the vision target."""
+    return ConfigDict(dict(kind="linear", width=128))
+
+
+def mesh() -> ConfigDict:
+    """All devices along the data axis."""
+    return ConfigDict(dict(data=-1, fsdp=1, context=1, tensor=1))
+
+
+def execution() -> ConfigDict:
+    """Layers are unrolled: for four of them a loop saves no compile time worth its overhead on a CPU."""
+    return ConfigDict(
+        dict(compute_dtype="float32", frozen_dtype="float32", attention="dense", scan_layers=False, remat="none")
+    )

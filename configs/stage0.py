@@ -1,0 +1,71 @@
+"""Stage 0: a small SigLIP, trained with the sigmoid loss on the same drawings. It is the vision target of stage 1.
+
+    python -m mmcore_jax.train --config=configs/stage0.py
+
+Only for recipes that have no pretrained vision encoder. `openmoji`: 2 CPU cores.
+"""
+
+import openmoji
+from ml_collections import ConfigDict
+
+
+def get_config(recipe: str) -> ConfigDict:
+    """Returns the settings of a recipe."""
+    return RECIPES[recipe]()
+
+
+def _openmoji() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            stage="stage0",
+            recipe="openmoji",
+            seed=0,
+            total_steps=400,
+            batch_size=128,
+            model=dict(
+                vlm=None,
+                queries=None,
+                connector=None,
+                vision_target=openmoji.siglip(text=True),
+                dit=None,
+                autoencoder=None,
+            ),
+            init=dict(vision_target="random"),
+            data=dict(
+                layout="pairs",
+                sources=dict(text_to_image=dict(shards=openmoji.shards("text_to_image"), weight=1.0)),
+                tokenizer=openmoji.TOKENIZER,
+                image_size=openmoji.IMAGE_SIZE,
+                budgets=dict(vlm_tokens=0, vision_patches=0, context_tokens=0, latent_tokens=0, images=1),
+                window=1024,
+                threads=2,
+                bad_record_limit=0.01,
+            ),
+            objectives=dict(
+                sigmoid_contrastive=dict(weight=1.0), next_token=None, alignment=None, flow_matching=None
+            ),
+            tuning=(dict(pattern=".*"),),
+            optimizer=dict(
+                learning_rate=2e-3,
+                b1=0.9,
+                b2=0.98,
+                eps=1e-8,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                warmup_steps=40,
+                decay="cosine",
+                flat=0.0,
+                final=0.02,
+                ema_decay=0.98,
+                accumulation=1,
+            ),
+            sampling=None,
+            checkpoint=dict(every=200, keep=2, keep_period=0),
+            telemetry=dict(log_every=10, sample_every=0),
+            mesh=openmoji.mesh(),
+            execution=openmoji.execution(),
+        )
+    )
+
+
+RECIPES = {"openmoji": _openmoji}

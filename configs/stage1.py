@@ -1,0 +1,76 @@
+"""Stage 1: the VLM learns to predict visual embeddings at its query tokens (MMCORE equations 1 and 2).
+
+    python -m mmcore_jax.train --config=configs/stage1.py
+
+Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
+`openmoji`: after stage 0, 2 CPU cores.
+"""
+
+import openmoji
+from ml_collections import ConfigDict
+
+
+def get_config(recipe: str) -> ConfigDict:
+    """Returns the settings of a recipe."""
+    return RECIPES[recipe]()
+
+
+def _openmoji() -> ConfigDict:
+    sources = dict(text_to_image=5.0, edit_tone=1.0, edit_gender=0.5, edit_colour=0.5, compose=0.5, caption=0.5)
+    return ConfigDict(
+        dict(
+            stage="stage1",
+            recipe="openmoji",
+            seed=0,
+            total_steps=500,
+            batch_size=32,
+            model=dict(
+                vlm=openmoji.vlm(),
+                queries=openmoji.queries(),
+                connector=openmoji.connector(),
+                vision_target=openmoji.siglip(text=False),
+                dit=None,
+                autoencoder=None,
+            ),
+            init=dict(vlm="random", queries="random", connector="random", vision_target="runs/stage0-openmoji"),
+            data=dict(
+                layout="interleaved",
+                sources={task: dict(shards=openmoji.shards(task), weight=weight) for task, weight in sources.items()},
+                tokenizer=openmoji.TOKENIZER,
+                image_size=openmoji.IMAGE_SIZE,
+                budgets=dict(vlm_tokens=80, vision_patches=128, context_tokens=0, latent_tokens=0, images=3),
+                window=1024,
+                threads=2,
+                bad_record_limit=0.01,
+            ),
+            objectives=dict(
+                sigmoid_contrastive=None,
+                next_token=dict(weight=0.1),
+                alignment=dict(weight=1.0, center=True),
+                flow_matching=None,
+            ),
+            tuning=(dict(pattern="vision_target/.*", frozen=True), dict(pattern=".*")),
+            optimizer=dict(
+                learning_rate=2e-3,
+                b1=0.9,
+                b2=0.98,
+                eps=1e-8,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                warmup_steps=40,
+                decay="cosine",
+                flat=0.0,
+                final=0.02,
+                ema_decay=0.98,
+                accumulation=1,
+            ),
+            sampling=None,
+            checkpoint=dict(every=200, keep=2, keep_period=0),
+            telemetry=dict(log_every=10, sample_every=0),
+            mesh=openmoji.mesh(),
+            execution=openmoji.execution(),
+        )
+    )
+
+
+RECIPES = {"openmoji": _openmoji}

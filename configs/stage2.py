@@ -1,0 +1,102 @@
+"""Stage 2: the diffusion transformer learns to draw from text and predicted visual embeddings (MMCORE section 3.2).
+
+    python -m mmcore_jax.train --config=configs/stage2.py
+
+The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
+`openmoji`: after stage 1, 2 CPU cores.
+"""
+
+import openmoji
+from ml_collections import ConfigDict
+
+
+def get_config(recipe: str) -> ConfigDict:
+    """Returns the settings of a recipe."""
+    return RECIPES[recipe]()
+
+
+def _openmoji() -> ConfigDict:
+    sources = dict(text_to_image_core=18.0, edit_tone=4.0, edit_gender=1.5, edit_colour=1.5)
+    return ConfigDict(
+        dict(
+            stage="stage2",
+            recipe="openmoji",
+            seed=0,
+            total_steps=1450,
+            batch_size=10,
+            model=dict(
+                vlm=openmoji.vlm(),
+                queries=openmoji.queries(),
+                connector=openmoji.connector(),
+                vision_target=None,
+                dit=dict(
+                    width=192,
+                    depth=4,
+                    heads=3,
+                    patch_size=4,
+                    latent_channels=3,
+                    context_width=192,
+                    pooled_width=0,
+                    position="rotary",
+                    position_grid=8,
+                    query_gain=2.0,
+                    prediction="x0",
+                ),
+                autoencoder=dict(kind="pixel"),
+            ),
+            init=dict(
+                vlm="runs/stage1-openmoji",
+                queries="runs/stage1-openmoji",
+                connector="runs/stage1-openmoji",
+                conditioning="random",
+                dit="random",
+            ),
+            data=dict(
+                layout="interleaved",
+                sources={task: dict(shards=openmoji.shards(task), weight=weight) for task, weight in sources.items()},
+                tokenizer=openmoji.TOKENIZER,
+                image_size=openmoji.IMAGE_SIZE,
+                budgets=dict(vlm_tokens=80, vision_patches=128, context_tokens=56, latent_tokens=192, images=3),
+                window=1024,
+                threads=2,
+                bad_record_limit=0.01,
+            ),
+            objectives=dict(
+                sigmoid_contrastive=None,
+                next_token=None,
+                alignment=None,
+                flow_matching=dict(
+                    weight=1.0,
+                    logit_mean=-0.4,
+                    logit_std=1.0,
+                    shift=1.0,
+                    dropout=dict(
+                        text=dict(start=0.4, end=0.1, steps=700), visual=dict(start=0.1, end=0.1, steps=1), joint=0.1
+                    ),
+                ),
+            ),
+            tuning=(dict(pattern="(vlm|queries|connector)/.*", frozen=True), dict(pattern=".*")),
+            optimizer=dict(
+                learning_rate=2e-3,
+                b1=0.9,
+                b2=0.98,
+                eps=1e-8,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                warmup_steps=60,
+                decay="linear",
+                flat=0.6,
+                final=0.02,
+                ema_decay=0.996,
+                accumulation=1,
+            ),
+            sampling=dict(steps=20, text_scale=2.0, visual_scale=2.0, timestep_shift=1.0),
+            checkpoint=dict(every=250, keep=2, keep_period=0),
+            telemetry=dict(log_every=10, sample_every=500),
+            mesh=openmoji.mesh(),
+            execution=openmoji.execution(),
+        )
+    )
+
+
+RECIPES = {"openmoji": _openmoji}

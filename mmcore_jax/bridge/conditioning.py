@@ -1,0 +1,64 @@
+"""Dual-pathway conditioning (MMCORE section 3.1.1 iii and 3.2): text and visual embeddings, each with its own projection
+and its own learned null embedding, and the independent dropout of the two.
+
+B rows, L context tokens, I frames of a row, D width.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmcore_jax.config import Dropout, Execution, Ramp
+from mmcore_jax.nn import masks
+from mmcore_jax.nn.layers import Dense, RMSNorm, gather_tokens
+from mmcore_jax.nn.masks import TokenMeta
+from mmcore_jax.sharding import parameter
+
+
+class Drop(NamedTuple):
+    """Which frames lose their text and their visual embeddings, bool `[B, I]` each."""
+
+    text: jax.Array
+    visual: jax.Array
+
+
+class DualPathway(nn.Module):
+    """Projects both pathways to the context of the diffusion transformer, `[B, L, width]`."""
+
+    width: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop) -> jax.Array:
+        """Returns the context.
+
+        Args:
+          text: `[B, L, D_vlm]`, read where `meta.kind` is TEXT.
+          visual: `[B, L, D_visual]`, read where it is VISUAL.
+          drop: frames whose tokens become the null embedding.
+        """
+        text = self._pathway(text, gather_tokens(drop.text, meta.frame), "text")
+        visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual")
+        return jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
+
+    def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        x = Dense(self.width, ("embed", None), True, dtype, name=f"{name}_projection")(RMSNorm(name=f"{name}_norm")(x))
+        null = self.param(f"{name}_null", parameter(nn.initializers.normal(1.0), None), (self.width,))
+        return jnp.where(dropped[..., None], null.astype(x.dtype), x)
+
+
+def ramp(schedule: Ramp, step: jax.Array) -> jax.Array:
+    """The value of a linear schedule at a step, float32."""
+    progress = jnp.clip(step / max(schedule.steps, 1), 0.0, 1.0)
+    return schedule.start + (schedule.end - schedule.start) * progress
+
+
+def draw_dropout(config: Dropout, draws: jax.Array, step: jax.Array) -> Drop:
+    """Turns uniform draws `[B, I, 3]` (text, visual, joint) into what is dropped at this step."""
+    joint = draws[..., 2] < config.joint
+    return Drop(
+        text=(draws[..., 0] < ramp(config.text, step)) | joint, visual=(draws[..., 1] < ramp(config.visual, step)) | joint
+    )

@@ -1,0 +1,480 @@
+"""Every setting, as frozen dataclasses, and the strict way into them.
+
+A config file holds `RECIPES`, by name, and `get_config(recipe)`, which returns an `ml_collections.ConfigDict`. `load` runs it, applies overrides such
+as `--config.optimizer.learning_rate=1e-4`, and converts the result into a `Config`: an unknown, missing or mistyped key
+stops with its path, the file and the nearest valid name. After that no code reads a ConfigDict.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import json
+import pathlib
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import ml_collections
+
+DEFAULT_RECIPE = "openmoji"
+
+# --- Errors ------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake that we foresaw. Its message is one sentence: what is wrong, where, and what to do."""
+
+
+def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
+    """Turns `main(argv)` into a console entry: a `UserError` becomes one sentence on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def enter() -> None:
+        try:
+            sys.exit(main(sys.argv[1:]) or 0)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return enter
+
+
+# --- The parts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A plain transformer stack."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVision(Tower):
+    """Vision tower of Qwen2.5-VL. `window_size` is in pixels; `full_attention_blocks` ignore the windows."""
+
+    patch_size: int
+    merge_size: int
+    window_size: int
+    full_attention_blocks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVL(Tower):
+    """Qwen2.5-VL. `mrope_section` counts rotary frequencies for (time, row, column) and sums to half a head."""
+
+    vocab_size: int
+    kv_heads: int
+    mrope_section: tuple[int, int, int]
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    vision: QwenVision
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipText(Tower):
+    """Text tower of SigLIP."""
+
+    vocab_size: int
+    max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVision(Tower):
+    """Vision tower of SigLIP."""
+
+    image_size: int
+    patch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Siglip:
+    """SigLIP. `text` is None where only the vision tower is used, as an alignment target."""
+
+    vision: SiglipVision
+    text: SiglipText | None = None
+    layer_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """`grid * grid` learnable query tokens for each generated image."""
+
+    grid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Connector:
+    """From the VLM's hidden states at the queries to visual embeddings, `width` being the vision target's."""
+
+    kind: Literal["linear"]
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiT:
+    """The SD3 family. `position` is SD3's additive "sincos" table, or "rotary" over (row, column).
+
+    `pooled_width` 0 means no pooled conditioning; `query_gain` is the initial scale of the query RMSNorm.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int
+    latent_channels: int
+    context_width: int
+    pooled_width: int
+    position: Literal["sincos", "rotary"]
+    position_grid: int
+    query_gain: float
+    prediction: Literal["velocity", "x0"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """"pixel" is the identity, scaled to [-1, 1]."""
+
+    kind: Literal["pixel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The parts of a stage; None where the stage does not use one."""
+
+    vlm: QwenVL | None
+    queries: Queries | None
+    connector: Connector | None
+    vision_target: Siglip | None
+    dit: MMDiT | None
+    autoencoder: Autoencoder | None
+
+
+# --- Objectives --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A value that goes linearly from `start` to `end` over `steps` steps, then stays."""
+
+    start: float
+    end: float
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidContrastive:
+    """SigLIP's pairwise sigmoid loss."""
+
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross entropy on assistant text."""
+
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """1 - cosine to the vision target, centred by its dataset mean unless `center` is off (the paper's plain form)."""
+
+    weight: float
+    center: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Rates at which a generated frame loses its text, its visual embeddings, or (`joint`) both."""
+
+    text: Ramp
+    visual: Ramp
+    joint: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching with logit-normal timesteps, shifted towards noise by `shift`."""
+
+    weight: float
+    logit_mean: float
+    logit_std: float
+    shift: float
+    dropout: Dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class Objectives:
+    """The weighted losses of a stage; None where unused."""
+
+    sigmoid_contrastive: SigmoidContrastive | None
+    next_token: NextToken | None
+    alignment: Alignment | None
+    flow_matching: FlowMatching | None
+
+
+# --- Data --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Shards by glob, and their share of the examples."""
+
+    shards: str
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """What one row holds at most. 0 where a stage has no such tokens."""
+
+    vlm_tokens: int
+    vision_patches: int
+    context_tokens: int
+    latent_tokens: int
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """`window` examples at a time are drawn from the mixture and packed into rows."""
+
+    layout: Literal["pairs", "interleaved"]
+    sources: dict[str, Source]
+    tokenizer: str
+    image_size: int
+    budgets: Budgets
+    window: int
+    threads: int
+    bad_record_limit: float
+
+
+# --- Training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One line of the ordered table that says what trains: the first pattern that matches a parameter's path wins.
+
+    `learning_rate` scales the optimizer's; `weight_decay` None means the optimizer's.
+    """
+
+    pattern: str
+    frozen: bool = False
+    learning_rate: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW: `warmup_steps` up, flat until `flat` of the run, then down to `final` of `learning_rate` by `decay`."""
+
+    learning_rate: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_steps: int
+    decay: Literal["constant", "linear", "cosine"]
+    flat: float
+    final: float
+    ema_decay: float
+    accumulation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Saved every `every` steps; the last `keep` stay, and each at a multiple of `keep_period` (0: none)."""
+
+    every: int
+    keep: int
+    keep_period: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise."""
+
+    steps: int
+    text_scale: float
+    visual_scale: float
+    timestep_shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Telemetry:
+    """Intervals in steps; `sample_every` 0 means no pictures during training."""
+
+    log_every: int
+    sample_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1: the rest."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How the program runs.
+
+    Matrix products run in `compute_dtype`, frozen parameters are kept in `frozen_dtype`; `scan_layers` compiles one
+    layer and loops over it, `remat` names what the backward pass recomputes.
+    """
+
+    compute_dtype: Literal["float32", "bfloat16"]
+    frozen_dtype: Literal["float32", "bfloat16"]
+    attention: Literal["dense", "blockwise"]
+    scan_layers: bool
+    remat: Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run. `init` maps each part to "random" or to the workdir of the stage that made it."""
+
+    stage: str
+    recipe: str
+    seed: int
+    total_steps: int
+    batch_size: int
+    model: Model
+    init: dict[str, str]
+    data: Data
+    objectives: Objectives
+    tuning: tuple[Tuning, ...]
+    optimizer: Optimizer
+    sampling: Sampling | None
+    checkpoint: Checkpoint
+    telemetry: Telemetry
+    mesh: Mesh
+    execution: Execution
+
+    def to_json(self) -> str:
+        """Returns the config as indented JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+# --- The way in --------------------------------------------------------------------------------------------------------
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads `FILE.py` or `FILE.py:RECIPE` and applies overrides of the form `--config.a.b=value`.
+
+    Raises:
+      UserError: naming the key's path, the file and the nearest valid name.
+    """
+    file, _, recipe = spec.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"config file {file} does not exist (looked in {pathlib.Path.cwd()}).")
+    settings = _run(file, recipe or DEFAULT_RECIPE)
+    for override in overrides:
+        _apply_override(settings, override, file)
+    return _convert(Config, settings.to_dict(), "config", file)
+
+
+def from_json(path: str | pathlib.Path) -> Config:
+    """Reads the `config.json` that a run has written."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {path.parent} is not the workdir of a run.")
+    return _convert(Config, json.loads(path.read_text()), "config", str(path))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` to a door; the overrides are what `parse_known_args` leaves over."""
+    parser.add_argument("--config", required=True, metavar="FILE[:RECIPE]", help="for example configs/stage2.py")
+
+
+def _run(file: str, recipe: str) -> ml_collections.ConfigDict:
+    """Executes a config file, which may import its neighbours, and returns the settings of a recipe."""
+    sys.path.insert(0, str(pathlib.Path(file).parent.absolute()))
+    try:
+        module = runpy.run_path(file)
+    finally:
+        sys.path.pop(0)
+    recipes = module.get("RECIPES", {})
+    if recipe not in recipes:
+        raise UserError(f"{file} has no recipe {recipe!r}{_nearest(recipe, recipes)}; it has {', '.join(recipes)}.")
+    return module["get_config"](recipe)
+
+
+def _apply_override(settings: ml_collections.ConfigDict, override: str, file: str) -> None:
+    path, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--config.") or not equals:
+        raise UserError(f"cannot read the argument {override!r}: overrides are written --config.KEY=VALUE.")
+    *parents, leaf = path.split(".")[1:]
+    node = settings
+    for index, name in enumerate([*parents, leaf]):
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+            where = ".".join(["config", *parents[:index]])
+            raise UserError(f"unknown key {where}.{name} in an override of {file}{_nearest(name, known)}.")
+        parent, node = node, node[name]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    with parent.ignore_type():
+        parent[leaf] = value
+
+
+def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
+    """Returns `value` as the type `expected`, checking every key on the way."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        return _convert_dataclass(expected, value, path, file)
+    if origin is types.UnionType:
+        return None if value is None else _convert(arguments[0], value, path, file)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{path} in {file} is {value!r}, expected one of {', '.join(map(repr, arguments))}.")
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise UserError(f"{path} in {file} has {len(value)} values, expected {len(kinds)}.")
+        return tuple(_convert(kind, item, f"{path}[{i}]", file) for i, (kind, item) in enumerate(zip(kinds, value)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{path}.{key}", file) for key, item in value.items()}
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not (origin or expected):
+        name = getattr(origin or expected, "__name__", expected)
+        raise UserError(f"{path} in {file} is {value!r} of type {type(value).__name__}, expected {name}.")
+    return value
+
+
+def _convert_dataclass(expected: Any, value: Any, path: str, file: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} in {file} is {value!r}, expected the settings of {expected.__name__}.")
+    fields = {field.name: field for field in dataclasses.fields(expected)}
+    hints = typing.get_type_hints(expected)
+    for key in value:
+        if key not in fields:
+            raise UserError(f"unknown key {path}.{key} in {file}{_nearest(key, fields)}.")
+    for name, field in fields.items():
+        if name not in value and field.default is dataclasses.MISSING:
+            raise UserError(f"missing key {path}.{name} in {file}.")
+    return expected(**{key: _convert(hints[key], item, f"{path}.{key}", file) for key, item in value.items()})
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f", did you mean {matches[0]!r}" if matches else ""

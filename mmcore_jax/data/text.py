@@ -1,0 +1,70 @@
+"""Tokenizers: one trained here on the texts of a dataset, or any published one from a local directory.
+
+The trained one is a byte-level BPE with Qwen's special tokens. Every text encodes, without an unknown token, and the
+first word of a text is the same token as that word further on, because a space is put in front of the text.
+"""
+
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from mmcore_jax.config import UserError
+
+if typing.TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | pathlib.Path) -> None:
+    """Trains a byte-level BPE on `texts` and saves it as a `transformers` tokenizer directory.
+
+    Args:
+      texts: the training corpus, consumed once.
+      vocab_size: upper limit; it includes the 256 bytes and the special tokens.
+      path: directory to write, created if needed.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in (END_OF_TEXT, "<|im_end|>")],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(path)
+
+
+def load_tokenizer(directory: str | pathlib.Path) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer saved in a local directory; no hub is asked.
+
+    Raises:
+      UserError: if the directory holds no tokenizer.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / "tokenizer_config.json").is_file():
+        raise UserError(f"no tokenizer in {directory}: expected the tokenizer_config.json that `prepare` writes there.")
+    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _transformers() -> types.ModuleType:
+    """Imports `transformers` late and quietly: it takes seconds, and warns wherever there is no torch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers

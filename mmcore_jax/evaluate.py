@@ -1,0 +1,190 @@
+"""Scores a trained run: a table, JSON, and sheets of pictures in WORKDIR/evaluation.
+
+    python -m mmcore_jax.evaluate --workdir=runs/stage2-openmoji --suite=openmoji
+    python -m mmcore_jax.evaluate --workdir=runs/stage1-openmoji --suite=alignment
+
+The suite `openmoji` is for a stage 2, and includes `alignment` of the stage 1 that it was made from.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.config import Config, UserError, door
+from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.evaluation import openmoji, scores
+from mmcore_jax.evaluation.openmoji import Drawings, Sheets
+from mmcore_jax.evaluation.probes import Run
+from mmcore_jax.evaluation.scores import Scores
+from mmcore_jax.evaluation.sheet import sheet
+from mmcore_jax.generate import Generator
+from mmcore_jax.models import efficientnet
+from mmcore_jax.training.checkpoint import load_run
+
+BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch
+FEATURE_SIZE = 128
+
+
+@door
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line, evaluates unless that is done, writes and prints the scores."""
+    arguments = _parser().parse_args(argv)
+    if arguments.cases < 1 or (arguments.steps is not None and arguments.steps < 1):
+        raise UserError("--cases and --steps must be at least 1.")
+    config = config_lib.from_json(arguments.workdir / "config.json")
+    suite = _suite(arguments.suite)
+    settings = describe(arguments, config)
+    output = arguments.workdir / "evaluation"
+    results = read(output, settings)
+    if results is not None:
+        print(f"{output} is done already.")
+    else:
+        results, sheets = suite(arguments)
+        write(output, settings, results, sheets)
+    print(scores.table(results))
+    print(f"Scores and sheets are in {output}.")
+
+
+# --- Suites -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
+    """Everything about a stage 2, and the alignment of its stage 1."""
+    config = config_lib.from_json(arguments.workdir / "config.json")
+    if config.sampling is None:
+        raise UserError(
+            f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
+        )
+    data = Drawings(arguments.data, config.data.image_size)
+    run = _load(arguments.workdir)
+    draw, extract = make_draw(run, arguments.steps, arguments.seed), make_extract()
+    results, sheets = openmoji.evaluate(run, data, draw, extract, arguments.cases, arguments.seed, _progress)
+    stage1 = find_aligned(config)
+    if stage1:
+        results["alignment"] = openmoji.score_alignment(_load(stage1), data, arguments.seed)
+    return results, sheets
+
+
+def evaluate_alignment(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
+    """The alignment of a stage 1."""
+    config = config_lib.from_json(arguments.workdir / "config.json")
+    if config.objectives.alignment is None:
+        raise UserError(
+            f"{arguments.workdir} is a run of {config.stage}, which aligns nothing: give the workdir of a stage 1."
+        )
+    data = Drawings(arguments.data, config.data.image_size)
+    return {"alignment": openmoji.score_alignment(_load(arguments.workdir), data, arguments.seed)}, {}
+
+
+SUITES: dict[str, Callable[[argparse.Namespace], tuple[Scores, Sheets]]] = {
+    "openmoji": evaluate_openmoji,
+    "alignment": evaluate_alignment,
+}
+
+
+def make_draw(run: Run, steps: int | None, seed: int) -> openmoji.Draw:
+    """The sampler of a run, with the settings of its config but for `steps`."""
+    settings = run.config.sampling
+    settings = dataclasses.replace(settings, steps=steps or settings.steps)
+    generator = Generator(run.config, run.model, run.tokenizer)
+    return lambda requests, pathways: generator(run.params, requests, settings, seed, pathways, BATCH_SIZE)
+
+
+def make_extract() -> openmoji.Extract:
+    """EfficientNet's features of images."""
+    params = efficientnet.load_efficientnet_lite0()
+    return lambda images: np.asarray(
+        efficientnet.features(params, jnp.asarray(images, jnp.float32) / 255, FEATURE_SIZE)
+    )
+
+
+def find_aligned(config: Config) -> pathlib.Path | None:
+    """The workdir of the run that aligned the connector of this one, if one did."""
+    while config.objectives.alignment is None:
+        workdir = config.init["connector"]
+        if workdir == "random":
+            return None
+        config = config_lib.from_json(pathlib.Path(workdir) / "config.json")
+    return pathlib.Path(workdir)
+
+
+def _load(workdir: pathlib.Path) -> Run:
+    config, model, params = load_run(workdir)
+    return Run(config, model, params, load_tokenizer(config.data.tokenizer))
+
+
+# --- What is written --------------------------------------------------------------------------------------------------
+
+
+def describe(arguments: argparse.Namespace, config: Config) -> dict:
+    """What the scores depend on."""
+    sampling = dataclasses.asdict(config.sampling) if config.sampling else {}
+    if arguments.steps is not None:
+        sampling["steps"] = arguments.steps
+    names = {name: getattr(arguments, name) for name in ("suite", "cases", "seed", "data")}
+    return {**names, "checkpoint_step": config.total_steps, "training_seed": config.seed, "sampling": sampling}
+
+
+def read(output: pathlib.Path, settings: dict) -> Scores | None:
+    """The scores in `output`, if they are there for these settings."""
+    path = output / "scores.json"
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text())
+    return scores.from_json(known) if known.pop("settings") == settings else None
+
+
+def write(output: pathlib.Path, settings: dict, results: Scores, sheets: Sheets) -> None:
+    """Writes sheets and table, then the JSON, whose presence says that all is there.
+
+    Raises:
+      UserError: if `output` cannot be written.
+    """
+    try:
+        output.mkdir(exist_ok=True)
+        for name, rows in sheets.items():
+            sheet(rows).save(output / f"{name}.png")
+        (output / "scores.txt").write_text(scores.table(results))
+        temporary = output / "scores.tmp"
+        temporary.write_text(json.dumps({"settings": settings, **scores.to_json(results)}, indent=1) + "\n")
+        temporary.replace(output / "scores.json")
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}.") from error
+
+
+def _suite(name: str) -> Callable[[argparse.Namespace], tuple[Scores, Sheets]]:
+    if name not in SUITES:
+        raise UserError(f"--suite {name} does not exist; there are {', '.join(SUITES)}.")
+    return SUITES[name]
+
+
+def _progress(items: Iterable, total: int, label: str) -> Iterator:
+    """A bar on a terminal, a line for each item elsewhere."""
+    is_terminal = sys.stderr.isatty()
+    for done, item in enumerate(tqdm(items, label, total, disable=not is_terminal), 1):
+        yield item
+        if not is_terminal:
+            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmcore_jax.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a finished run")
+    parser.add_argument("--suite", required=True, help=" or ".join(SUITES))
+    parser.add_argument("--cases", type=int, default=100, help="of each set, at most (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the cases and the noise (default: %(default)s)")
+    parser.add_argument("--data", default="data/openmoji", metavar="DIR", help="the dataset (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

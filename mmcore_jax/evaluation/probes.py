@@ -1,0 +1,103 @@
+"""Measures of a model that no picture shows: predicted visual embeddings, and the flow loss by timestep and pathway.
+
+Every row holds one example, and all batches of a call have one shape. B rows, R ways to drop pathways, N query tokens.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmcore_jax.bridge.conditioning import Drop
+from mmcore_jax.config import Budgets, Config
+from mmcore_jax.data import image as image_lib
+from mmcore_jax.data import layout
+from mmcore_jax.data.example import Example
+from mmcore_jax.data.layout import Interleaved
+from mmcore_jax.mmcore import MMCORE, Forward, Params
+from mmcore_jax.nn import masks
+from mmcore_jax.objectives import flow_matching
+
+TIMESTEP_BINS = 10
+# What is dropped: (text, visual).
+DROPPED = {"nothing": (False, False), "text": (True, False), "visual": (False, True), "both": (True, True)}
+
+
+class Run(NamedTuple):
+    """A trained stage."""
+
+    config: Config
+    model: MMCORE
+    params: Params
+    tokenizer: Any
+
+
+def predicted_embeddings(run: Run, requests: Sequence[Example], batch_size: int = 50) -> np.ndarray:
+    """Visual embeddings that the VLM predicts of the image that each request asks for, centred: `[n, N, D_visual]`."""
+    predict = jax.jit(functools.partial(_predicted_embeddings, run.model, run.config.objectives.alignment.center))
+    batches = _batches(run, requests, min(batch_size, len(requests)))
+    return np.concatenate([predict(run.params, batch) for batch in batches])[: len(requests)]
+
+
+def _predicted_embeddings(model: MMCORE, is_centred: bool, params: Params, batch: Interleaved) -> jax.Array:
+    forward = Forward(model, params, batch)
+    predicted = forward.visual_embeddings if is_centred else forward.visual_embeddings - forward.target_mean
+    return predicted[jnp.arange(batch.row.size), jnp.argmax(batch.images.generated, axis=1)]
+
+
+def target_embeddings(run: Run, images: np.ndarray) -> np.ndarray:
+    """What the vision target makes of images, uint8 `[n, S, S, 3]`, centred: `[n, N, D_visual]`."""
+    embed = jax.jit(functools.partial(_target_embeddings, run.model))
+    different, number = np.unique(images, axis=0, return_inverse=True)
+    return np.asarray(embed(run.params, different))[number.reshape(-1)]
+
+
+def _target_embeddings(model: MMCORE, params: Params, images: jax.Array) -> jax.Array:
+    embedded = model.apply({"params": params}, images[:, None], method="target_embeddings")[:, 0]
+    return embedded - params["statistics"]["target_mean"]
+
+
+def flow_losses(run: Run, examples: Sequence[Example], seed: int, batch_size: int = 32) -> np.ndarray:
+    """The flow loss `[n, R, TIMESTEP_BINS]`, R in the order of `DROPPED`, at a timestep from each of equal bins.
+
+    Noise and timesteps of an example are the same whatever is dropped.
+    """
+    losses = jax.jit(functools.partial(_flow_losses, run.model))
+    key = jax.random.key(seed)
+    parts = [losses(run.params, batch, key) for batch in _batches(run, examples, min(batch_size, len(examples)))]
+    return np.concatenate(parts)[: len(examples)]
+
+
+def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Array) -> jax.Array:
+    forward = Forward(model, params, batch)
+    _ = forward.visual_embeddings  # computed here, outside of the loop
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
+    jitter = jax.vmap(lambda key: jax.random.uniform(key, (TIMESTEP_BINS,)))(keys)
+    timesteps = (jnp.arange(TIMESTEP_BINS) + jitter) / TIMESTEP_BINS
+    shape = batch.images.generated.shape
+    tokens = jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED, axis=-1)
+
+    def loss(setting: tuple[jax.Array, jax.Array]) -> jax.Array:
+        dropped, t = setting
+        drop = Drop(*(jnp.full(shape, pathway) for pathway in dropped))
+        t = jnp.broadcast_to(t[:, None], shape)
+        return flow_matching.squared_errors(forward, t, keys, drop).sum(axis=-1) / tokens
+
+    dropped = jnp.repeat(jnp.array(list(DROPPED.values())), TIMESTEP_BINS, axis=0)
+    losses = jax.lax.map(loss, (dropped, jnp.tile(timesteps.T, (len(DROPPED), 1))))
+    return losses.T.reshape(-1, len(DROPPED), TIMESTEP_BINS)
+
+
+def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:
+    """Batches of one example a row; the last one is filled up with the last example."""
+    size = run.config.data.image_size
+    chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, size)
+    items = [layout.make_item(example, chat, sizes) for example in examples]
+    budgets = Budgets(*map(int, np.max([layout.lengths(item, sizes) for item in items], axis=0)))
+    for first in range(0, len(items), batch_size):
+        chosen = [items[min(first + offset, len(items) - 1)] for offset in range(batch_size)]
+        rows = [[(item, [image_lib.decode(frame.encoded, size) for frame in item.frames])] for item in chosen]
+        yield layout.assemble(rows, first, budgets, sizes)

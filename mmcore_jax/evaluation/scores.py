@@ -1,0 +1,129 @@
+"""Scores with 95% intervals, and what they are computed from: masked errors and nearest neighbours.
+
+`n` cases, M candidates, D feature width.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+_Z = 1.959964  # two-sided 95% of the standard normal
+_RESAMPLES = 2000
+
+
+class Score(NamedTuple):
+    """A value with its 95% interval, over `n` cases."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+# Suite -> set -> "column/metric" -> score.
+Scores = dict[str, dict[str, dict[str, Score]]]
+
+# --- Intervals --------------------------------------------------------------------------------------------------------
+
+
+def proportion(right: np.ndarray) -> Score:
+    """The share of `right`, bool `[n]`, with Wilson's interval (JASA 1927)."""
+    n = len(right)
+    share = float(np.mean(right))
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return Score(share, min(share, centre - half), max(share, centre + half), n)
+
+
+def mean(values: np.ndarray) -> Score:
+    """The mean of `values`, `[n]`, with a percentile bootstrap interval."""
+    return ratio(values, np.ones(len(values)))
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Score:
+    """The ratio of the means of two paired `[n]`, with a percentile bootstrap interval over the pairs."""
+    numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    n = len(numerators)
+    drawn = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
+    resampled = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Score(float(numerators.sum() / denominators.sum()), float(low), float(high), n)
+
+
+def exact(value: float, n: int) -> Score:
+    """What is known without sampling error, such as the share that guessing gets right."""
+    return Score(value, value, value, n)
+
+
+# --- Errors and neighbours --------------------------------------------------------------------------------------------
+
+
+def squared_errors(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Mean squared errors of uint8 images `[..., S, S, 3]`, on the scale where white is 1: `[...]`."""
+    return _squares(images, others).mean(axis=(-3, -2, -1))
+
+
+def masked_errors(images: np.ndarray, others: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """As `squared_errors`, over the pixels where `mask`, bool `[..., S, S]`, is set; 0 where none is."""
+    squares = _squares(images, others).mean(axis=-1)
+    return (squares * mask).sum(axis=(-2, -1)) / np.maximum(mask.sum(axis=(-2, -1)), 1)
+
+
+def _squares(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.square((images.astype(np.float32) - others) / 255)
+
+
+def is_nearest(errors: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Whether none of the errors `[n, M]` is smaller than that of the answer `[n]`: bool `[n]`."""
+    return errors[np.arange(len(errors)), answers] <= errors.min(axis=1)
+
+
+def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosines of every row of `[n, D]` with every row of `[M, D]`: `[n, M]`."""
+    x, y = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (x, y))
+    return x @ y.T
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(scores: Scores) -> str:
+    """Formats scores as one block for each set, a row for each metric and a column for each "column/"."""
+    blocks = [f"{suite}: {name}\n{_block(metrics)}" for suite, sets in scores.items() for name, metrics in sets.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _block(metrics: dict[str, Score]) -> str:
+    split = [key.partition("/") for key in metrics]
+    columns = list(dict.fromkeys(column for column, _, _ in split))
+    rows = list(dict.fromkeys(row for _, _, row in split))
+    lines = [["", *columns, "n"]]
+    for row in rows:
+        present = {column: metrics[f"{column}/{row}"] for column in columns if f"{column}/{row}" in metrics}
+        cells = [_cell(present[column]) if column in present else "" for column in columns]
+        lines.append([row, *cells, str(max(score.n for score in present.values()))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _cell(score: Score) -> str:
+    if score.low == score.high:
+        return f"{score.value:.4f}"
+    return f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
+
+
+def to_json(scores: Scores) -> dict:
+    """Returns nested dicts, a score as {"value", "low", "high", "n"}."""
+    return {
+        suite: {name: {key: score._asdict() for key, score in metrics.items()} for name, metrics in sets.items()}
+        for suite, sets in scores.items()
+    }
+
+
+def from_json(nested: dict) -> Scores:
+    """Inverse of `to_json`."""
+    return {
+        suite: {name: {key: Score(**score) for key, score in metrics.items()} for name, metrics in sets.items()}
+        for suite, sets in nested.items()
+    }

@@ -1,0 +1,164 @@
+"""MMCORE, the paper's Figure 5, as pure functions of parameters and batches.
+
+    text, images, queries -> VLM -> hidden states -> connector -> visual embeddings  (aligned with a frozen vision encoder)
+                                        |                              |
+                                        +---- text ----> dual pathway <+
+                                                              |
+    images -> autoencoder -> latents, noised ------------> diffusion transformer -> velocity
+
+Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit`. A stage holds only the
+parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens, I frames of a row, N query tokens, T latent tokens, P values in a patch.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmcore_jax.bridge.conditioning import Drop, DualPathway
+from mmcore_jax.bridge.connector import LinearConnector
+from mmcore_jax.bridge.queries import LearnableQueries
+from mmcore_jax.config import Execution, Model
+from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.diffusion import flow
+from mmcore_jax.models.autoencoder import PixelAutoencoder
+from mmcore_jax.models.mmdit import MMDiTModel, Slots
+from mmcore_jax.models.qwen_vl import QwenVLModel
+from mmcore_jax.models.siglip import SiglipModel
+from mmcore_jax.nn import masks
+from mmcore_jax.nn.layers import gather_tokens
+from mmcore_jax.nn.patches import patchify
+
+Params = dict[str, Any]
+
+
+class MMCORE(nn.Module):
+    """The composition of the parts of a stage."""
+
+    config: Model
+    execution: Execution
+
+    def setup(self) -> None:
+        model, run = self.config, self.execution
+        if model.vlm:
+            self.vlm = QwenVLModel(model.vlm, run)
+            self.queries = LearnableQueries(model.queries, model.vlm.width)
+            self.connector = LinearConnector(model.connector.width, run)
+        if model.vision_target:
+            self.vision_target = SiglipModel(model.vision_target, run)
+        if model.dit:
+            self.autoencoder = PixelAutoencoder(model.autoencoder)
+            self.conditioning = DualPathway(model.dit.context_width, run)
+            self.dit = MMDiTModel(model.dit, run)
+
+    def __call__(self, batch: Interleaved | Pairs) -> None:
+        """Runs every part once, so that `init` makes all parameters."""
+        if isinstance(batch, Pairs):
+            self.contrast(batch)
+            return
+        hidden = self.hidden_states(batch)
+        self.logits(hidden)
+        visual = self.visual_embeddings(hidden, batch)
+        if self.config.vision_target:
+            self.target_embeddings(batch.images.pixels)
+        if self.config.dit:
+            nothing = jnp.zeros(batch.images.generated.shape, bool)
+            context = self.condition(hidden, visual, batch, Drop(nothing, nothing))
+            clean = self.latents(batch.images.pixels)
+            self.velocity(self.latent_tokens(clean, clean, batch), context, jnp.zeros(nothing.shape), batch)
+
+    # --- VLM: multimodal context and queries to hidden states --------------------------------------------------------
+
+    def hidden_states(self, batch: Interleaved) -> jax.Array:
+        """Runs the VLM over text, images and queries: `[B, L, D]`, normed."""
+        tokens, patches = batch.tokens, batch.patches
+        x = self.vlm.embed(tokens.ids, tokens.meta, tokens.source, patches.values, patches.meta, self.queries())
+        return self.vlm.decode(x, tokens.meta, tokens.positions)
+
+    def logits(self, hidden_states: jax.Array) -> jax.Array:
+        """Next-token logits `[..., V]`, float32."""
+        return self.vlm.logits(hidden_states)
+
+    def visual_embeddings(self, hidden_states: jax.Array, batch: Interleaved) -> jax.Array:
+        """What the VLM predicts of each frame's image: `[B, I, N, D_visual]`; only generated frames have a meaning."""
+        return self.connector(gather_tokens(hidden_states, batch.images.queries))
+
+    # --- Vision target: what the visual embeddings are aligned with --------------------------------------------------
+
+    def target_embeddings(self, pixels: jax.Array) -> jax.Array:
+        """Patch features of images `[B, I, size, size, 3]`, average-pooled to the query grid: float32 `[B, I, N, D_visual]`."""
+        flat = pixels.reshape(-1, *pixels.shape[2:])
+        features = self.vision_target.patch_features(flat).astype(jnp.float32)
+        grid, side = self.config.queries.grid, int(features.shape[1] ** 0.5)
+        cells = features.reshape(-1, grid, side // grid, grid, side // grid, features.shape[-1])
+        return cells.mean((2, 4)).reshape(*pixels.shape[:2], grid * grid, -1)
+
+    def contrast(self, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Unit embeddings of images and texts `[B, D]`, and logits of all pairs `[B, B]`."""
+        return self.vision_target(batch.pixels, batch.ids, batch.valid)
+
+    # --- Diffusion: text and visual embeddings to velocities ---------------------------------------------------------
+
+    def condition(self, hidden_states: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> jax.Array:
+        """The context of the diffusion transformer `[B, C, context_width]`: each frame's text and visual embeddings."""
+        meta, source = batch.diffusion.context_meta, batch.diffusion.context_source
+        is_visual = meta.kind == masks.VISUAL
+        text = gather_tokens(hidden_states, jnp.where(is_visual, 0, source))
+        flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
+        visual = gather_tokens(flat, jnp.where(is_visual, source, 0))
+        return self.conditioning(text, visual, meta, drop)
+
+    def latents(self, pixels: jax.Array) -> jax.Array:
+        """Images `[B, I, size, size, 3]` as patches of latents, float32 `[B, I, patches, P]`."""
+        return patchify(self.autoencoder.encode(pixels), self.config.dit.patch_size)
+
+    def latent_tokens(self, clean: jax.Array, noised: jax.Array, batch: Interleaved) -> jax.Array:
+        """Gathers `[B, I, patches, P]` of either kind into the diffusion sequence `[B, T, P]`."""
+        meta, source = batch.diffusion.latent_meta, batch.diffusion.latent_source
+        both = jnp.concatenate([clean, noised], axis=1)
+        both = both.reshape(both.shape[0], -1, both.shape[-1])
+        return gather_tokens(both, source + jnp.where(meta.kind == masks.NOISED, both.shape[1] // 2, 0))
+
+    def velocity(self, tokens: jax.Array, context: jax.Array, t: jax.Array, batch: Interleaved) -> jax.Array:
+        """The velocity of every latent token, float32 `[B, T, P]`.
+
+        Args:
+          tokens: `[B, T, P]`.
+          context: `[B, C, context_width]`.
+          t: `[B, I]`, timestep of each frame's noised copy; clean copies are at 0.
+        """
+        part, meta = batch.diffusion, batch.diffusion.latent_meta
+        timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
+        slots = Slots(part.context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
+        prediction = self.dit(
+            tokens, context, timesteps, slots, meta, part.context_meta, masks.block_causal
+        )
+        t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
+        return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)
+
+
+class Forward:
+    """One batch through the model: what several objectives need is computed once."""
+
+    def __init__(self, model: MMCORE, params: Params, batch: Interleaved | Pairs) -> None:
+        self.model, self.params, self.batch = model.bind({"params": params}), params, batch
+
+    @functools.cached_property
+    def hidden_states(self) -> jax.Array:
+        return self.model.hidden_states(self.batch)
+
+    @functools.cached_property
+    def visual_embeddings(self) -> jax.Array:
+        return self.model.visual_embeddings(self.hidden_states, self.batch)
+
+    @functools.cached_property
+    def target_mean(self) -> jax.Array:
+        """`[N, D_visual]`, the mean of the target embeddings over the dataset."""
+        return self.params["statistics"]["target_mean"]
+
+    @functools.cached_property
+    def targets(self) -> jax.Array:
+        """Target embeddings `[B, I, N, D_visual]`, centred."""
+        return self.model.target_embeddings(self.batch.images.pixels) - self.target_mean

@@ -1,0 +1,62 @@
+"""Attention under a rule. B rows, L queries, S keys, H heads, K key/value heads, C channels per head.
+
+`dense` is the oracle that tests compare with. `blockwise` evaluates the rule one block of queries at a time and recomputes
+scores in the backward pass, so that memory is linear in the length.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mmcore_jax.nn.masks import Rule, TokenMeta
+
+BLOCK = 128
+_MASKED = -1e30  # finite, so that a row which may see nothing is uniform and not NaN
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule, implementation: str
+) -> jax.Array:
+    """Returns `[B, L, H, C]` for q `[B, L, H, C]` and k, v `[B, S, K, C]`, scaled by 1 / sqrt(C), softmax in float32.
+
+    Each group of H / K query heads shares one key/value head. A query that the rule lets see nothing returns a mean of
+    values that carries no meaning; callers ignore such positions.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
+    return jnp.swapaxes(_IMPLEMENTATIONS[implementation](q, k, v, q_meta, k_meta, rule), 1, 2)
+
+
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
+    scores = jnp.einsum("bhlc,bhsc->bhls", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    visible = rule(
+        TokenMeta(*(field[:, :, None] for field in q_meta)), TokenMeta(*(field[:, None, :] for field in k_meta))
+    )
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, _MASKED), axis=-1)
+    return jnp.einsum("bhls,bhsc->bhlc", weights.astype(v.dtype), v)
+
+
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
+    length = q.shape[2]
+    if length <= BLOCK:
+        return _dense(q, k, v, q_meta, k_meta, rule)
+    blocks = -(-length // BLOCK)
+    padding = blocks * BLOCK - length
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, padding if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def one_block(block):
+        q_block, meta_block = block
+        return _dense(q_block, k, v, meta_block, k_meta, rule)
+
+    out = jax.lax.map(one_block, (split(q, 2), TokenMeta(*(split(field, 1) for field in q_meta))))
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], blocks * BLOCK, out.shape[-1])[:, :, :length]
+
+
+_IMPLEMENTATIONS = {"dense": _dense, "blockwise": _blockwise}

@@ -1,0 +1,77 @@
+"""Who may attend to whom, from per-token metadata alone.
+
+A rule is a pure function `(query_meta, key_meta) -> bool` over broadcastable metadata; every attention implementation
+evaluates the same rule. MMCORE section 3.2 and Figure 6 give the diffusion rule.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PAD = 0
+# Kinds of VLM tokens.
+TEXT, IMAGE, QUERY = 1, 2, 3
+# Kinds of diffusion tokens; TEXT is shared.
+VISUAL, CLEAN, NOISED = 4, 5, 6
+
+
+class TokenMeta(NamedTuple):
+    """What attention and positions need to know of each token, int32 `[B, L]` each.
+
+    document: example within the row. frame: image slot within the row; text belongs to the image that follows it.
+    kind: one of the kinds above. row, col: position on the image grid, 0 for text. index: position within the row.
+    """
+
+    document: jax.Array
+    frame: jax.Array
+    kind: jax.Array
+    row: jax.Array
+    col: jax.Array
+    index: jax.Array
+
+
+Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
+
+
+def plain_meta(valid: jax.Array) -> TokenMeta:
+    """Metadata of ordinary sequences, one document a row: `valid` is bool `[B, L]`, False where padded."""
+    zeros = jnp.zeros(valid.shape, jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
+    return TokenMeta(zeros, zeros, jnp.where(valid, TEXT, PAD), zeros, zeros, index)
+
+
+def concatenate(first: TokenMeta, second: TokenMeta) -> TokenMeta:
+    """Joins two token sequences along their length."""
+    joined = TokenMeta(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second)))
+    length = joined.index.shape[1]
+    return joined._replace(index=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), joined.index.shape))
+
+
+def same_document(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """Everything in one's own document, nothing that is padding."""
+    return (q.document == k.document) & (k.kind != PAD)
+
+
+def causal(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """The VLM's rule: the same document, and nothing that comes later."""
+    return same_document(q, k) & (k.index <= q.index)
+
+
+def same_frame(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """One image, within the same document."""
+    return same_document(q, k) & (q.frame == k.frame)
+
+
+def block_causal(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """The diffusion rule for teacher forcing over interleaved images.
+
+    NOISED, TEXT and VISUAL of frame i see each other and CLEAN of frames before i; CLEAN of frame j sees CLEAN of frames
+    up to j. Nothing sees TEXT or VISUAL of another frame.
+    """
+    generating = (q.kind != CLEAN) & (
+        ((k.kind != CLEAN) & (k.frame == q.frame)) | ((k.kind == CLEAN) & (k.frame < q.frame))
+    )
+    remembering = (q.kind == CLEAN) & (k.kind == CLEAN) & (k.frame <= q.frame)
+    return same_document(q, k) & (generating | remembering)

@@ -1,0 +1,18 @@
+"""Images to patches and back."""
+
+import jax
+import jax.numpy as jnp
+
+
+def patchify(images: jax.Array, size: int) -> jax.Array:
+    """`[..., height, width, channels] -> [..., patches, size * size * channels]`, patches row by row."""
+    *lead, height, width, channels = images.shape
+    x = images.reshape(*lead, height // size, size, width // size, size, channels)
+    return jnp.moveaxis(x, -4, -3).reshape(*lead, -1, size * size * channels)
+
+
+def unpatchify(patches: jax.Array, size: int, height: int, width: int) -> jax.Array:
+    """Inverse of `patchify`; height and width are those of the image."""
+    *lead, _, values = patches.shape
+    x = patches.reshape(*lead, height // size, width // size, size, size, values // size**2)
+    return jnp.moveaxis(x, -4, -3).reshape(*lead, height, width, -1)

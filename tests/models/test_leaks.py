@@ -1,0 +1,134 @@
+"""Nothing leaks through whole networks, on rows that hold two documents and several frames."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmcore_jax import config
+from mmcore_jax.models.mmdit import MMDiTModel, Slots
+from mmcore_jax.models.qwen_vl import QwenVLModel
+from mmcore_jax.nn import attention as attention_lib
+from mmcore_jax.nn import masks
+from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, VISUAL
+from tests import rows
+from tests.leaks import leaks, may_see_diffusion, may_see_vlm, visibility
+
+ROW = jax.tree.map(jnp.asarray, rows.pack(rows.INTERLEAVED, rows.DRAWING))
+VLM = config.QwenVL(
+    width=16,
+    depth=2,
+    heads=2,
+    mlp_width=24,
+    vocab_size=128,
+    kv_heads=1,
+    mrope_section=(1, 1, 2),
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    vision=config.QwenVision(
+        width=8, depth=2, heads=1, mlp_width=12, patch_size=2, merge_size=2, window_size=4, full_attention_blocks=(1,)
+    ),
+)
+DIT = config.MMDiT(
+    width=16,
+    depth=2,
+    heads=2,
+    patch_size=2,
+    latent_channels=3,
+    context_width=12,
+    pooled_width=0,
+    position="rotary",
+    position_grid=8,
+    query_gain=1.0,
+    prediction="velocity",
+)
+
+
+@pytest.fixture(params=["dense", "blockwise"])
+def execution(request, monkeypatch):
+    monkeypatch.setattr(attention_lib, "BLOCK", 16)
+    return config.Execution("float32", "float32", request.param, True, "none")
+
+
+def random(tree, scale=0.3):
+    """Random parameters throughout: zero-initialised ones would hide everything."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+
+
+def run_vlm(model, ids, patches, part):
+    tokens = ROW.tokens
+    queries = jax.random.normal(jax.random.key(3), (4, VLM.width))
+    x = model.embed(ids, tokens.meta, tokens.source, patches, ROW.patches.meta, queries)
+    return model.decode(x if part is None else part, tokens.meta, tokens.positions)[0]
+
+
+@pytest.fixture
+def vlm(execution):
+    model, patches = QwenVLModel(VLM, execution), ROW.patches.values.astype(jnp.float32)
+    arguments = (ROW.tokens.ids, patches, None)
+    shapes = jax.eval_shape(lambda key: model.init(key, *arguments, method=run_vlm), jax.random.key(0))
+    parameters = random(shapes)
+
+    def apply(patches, part=None):
+        return model.apply(parameters, ROW.tokens.ids, patches, part, method=run_vlm)
+
+    return apply
+
+
+def test_decoder(vlm):
+    meta = ROW.tokens.meta
+    x = jax.random.normal(jax.random.key(5), (meta.kind.shape[1], VLM.width))
+    visible = visibility(may_see_vlm, meta, meta)
+    assert leaks(lambda x: vlm(ROW.patches.values, x[None]), x, visible, np.asarray(meta.kind[0] != PAD)) == []
+
+
+def test_images_reach_only_what_follows_them(vlm):
+    """A patch reaches every token of its own image, and what stands after: never an earlier token or another document."""
+    meta, patch_meta = ROW.tokens.meta, ROW.patches.meta
+
+    def may_see(q, patch):
+        if patch.kind == PAD or q.document != patch.document:
+            return False
+        own = np.asarray((meta.kind[0] == IMAGE) & (meta.frame[0] == patch.frame))
+        return q.index >= np.flatnonzero(own)[0]
+
+    visible = visibility(may_see, meta, patch_meta)
+    assert visible.any(axis=0).sum() == 3 * 16  # the input image, and two generated ones that something follows
+    patches = ROW.patches.values[0].astype(jnp.float32)
+    assert leaks(lambda patches: vlm(100 * patches[None]), patches / 100, visible, np.asarray(meta.kind[0] != PAD)) == []
+
+
+def found_in_mmdit(rule, execution):
+    model, part = MMDiTModel(DIT, execution), ROW.diffusion
+    context_length = part.context_meta.kind.shape[1]
+    noised = part.latent_meta.kind == NOISED
+    frames = rows.BUDGETS.images
+    timesteps = jnp.linspace(0.9, 0.0, frames + 1)[None]
+    slots = Slots(part.context_meta.frame, jnp.where(noised, part.latent_meta.frame, frames))
+
+    def arguments(x):
+        context, latents = x[None, :context_length], x[None, context_length:]
+        return latents, context, timesteps, slots, part.latent_meta, part.context_meta, rule
+
+    meta = masks.concatenate(part.context_meta, part.latent_meta)
+    x = jax.random.normal(jax.random.key(7), (meta.kind.shape[1], 12))
+    parameters = random(jax.eval_shape(lambda key: model.init(key, *arguments(x)), jax.random.key(0)))
+    visible = visibility(may_see_diffusion, part.latent_meta, meta)
+    read = np.asarray(part.latent_meta.kind[0] != PAD)
+    return leaks(lambda x: model.apply(parameters, *arguments(x))[0], x, visible, read)
+
+
+def test_mmdit(execution):
+    assert {CLEAN, NOISED, PAD} == set(np.unique(ROW.diffusion.latent_meta.kind))
+    assert found_in_mmdit(masks.block_causal, execution) == []
+
+
+def test_mmdit_with_visible_history_is_caught():
+    def history_visual(q, k):
+        history = (q.kind != CLEAN) & (k.kind == VISUAL) & (k.frame < q.frame)
+        return masks.block_causal(q, k) | (masks.same_document(q, k) & history)
+
+    execution = config.Execution("float32", "float32", "dense", True, "none")
+    assert found_in_mmdit(history_visual, execution)

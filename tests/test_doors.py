@@ -1,0 +1,128 @@
+"""Bad input through the real doors: one clear sentence, exit code 2, nothing lost."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mmcore_jax import sample, train
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def enter(monkeypatch, capsys):
+    """Runs a door with arguments and returns (exit code, stderr)."""
+
+    def enter(door, *arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tiny.REPOSITORY)
+        monkeypatch.setattr(sys, "argv", ["door", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            door()
+        return stopped.value.code, capsys.readouterr().err
+
+    return enter
+
+
+def check(result: tuple[int, str], *words: str) -> None:
+    code, error = result
+    assert code == 2, error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in error
+    for word in words:
+        assert word in line, line
+
+
+STAGE0 = "--config=configs/stage0.py"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config=configs/stage9.py"], ["configs/stage9.py", "does not exist"]),
+        (["--config=configs/stage0.py:openmojo"], ["openmojo", "did you mean 'openmoji'"]),
+        ([STAGE0, "--config.optimizer.learning_rat=1"], ["config.optimizer.learning_rat", "did you mean 'learning_rate'"]),
+        ([STAGE0, "--config.sed=1"], ["config.sed", "did you mean 'seed'"]),
+        ([STAGE0, "--config.total_steps=many"], ["config.total_steps", "'many'", "expected int"]),
+        ([STAGE0, "--config.batch_size=1.5"], ["config.batch_size", "1.5", "expected int"]),
+        ([STAGE0, "--config.optimizer.decay=step"], ["config.optimizer.decay", "'constant', 'linear', 'cosine'"]),
+        ([STAGE0, "--config.optimizer=None"], ["config.optimizer", "Optimizer"]),
+        ([STAGE0, "--config.mesh.data=3"], ["data 3", "does not divide"]),
+        ([STAGE0, "--config.optimizer.accumulation=3"], ["config.batch_size 128", "multiple of 3"]),
+        ([STAGE0, "--steps=3"], ["--steps=3", "--config.KEY=VALUE"]),
+    ],
+)
+def test_bad_settings(enter, tmp_path, arguments: list[str], words: list[str]) -> None:
+    check(enter(train.main, *arguments, f"--workdir={tmp_path / 'run'}"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_key(enter, tmp_path) -> None:
+    (tmp_path / "openmoji.py").write_text((tiny.REPOSITORY / "configs/openmoji.py").read_text())
+    text = (tiny.REPOSITORY / "configs/stage0.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("seed=0,", ""))
+    check(enter(train.main, f"--config={tmp_path / 'mine.py'}"), "missing key config.seed", "mine.py")
+
+
+def test_missing_data(enter, tmp_path) -> None:
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", tmp_path / "nowhere")]
+    check(enter(train.main, STAGE0, *arguments), "nowhere", "prepare")
+
+
+def test_missing_shard(enter, tmp_path) -> None:
+    data = tiny.write_dataset(tmp_path / "data")
+    whole = data / "text_to_image-train-00000-of-00001.array_record"
+    whole.rename(data / "text_to_image-train-00001-of-00002.array_record")
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data)]
+    check(enter(train.main, STAGE0, *arguments), "text_to_image-train-00000-of-00002.array_record")
+
+
+def test_unwritable_workdir(enter, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    check(enter(train.main, STAGE0, f"--workdir={tmp_path / 'file/run'}"), "cannot write", "file/run")
+
+
+def test_missing_predecessor_says_how_to_make_it(enter, data, tmp_path) -> None:
+    arguments = [*tiny.overrides("stage1", data), f"--config.init.vision_target={tmp_path / 'stage0-openmoji'}"]
+    result = enter(train.main, "--config=configs/stage1.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    check(result, "vision_target", "python -m mmcore_jax.train --config=configs/stage0.py:openmoji")
+
+
+def test_workdir_of_another_run(data, tmp_path, enter) -> None:
+    """Through a process of its own, as a user meets it; the run that lives there goes on unharmed."""
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data)]
+    first = [sys.executable, "-m", "mmcore_jax.train", STAGE0, *arguments]
+    assert subprocess.run(first, cwd=tiny.REPOSITORY, capture_output=True).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for change in ("--config.seed=7", "--config.model.vision_target.vision.width=64"):
+        process = subprocess.run([*first, change], cwd=tiny.REPOSITORY, capture_output=True, text=True)
+        check((process.returncode, process.stderr), str(tmp_path / "run"), "belongs to another run", "--workdir")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    check(enter(sample.main, f"--workdir={tmp_path / 'run'}", "--prompt=x", "--output=x.png"), "stage0", "stage 2")
+
+
+def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data), "--config.optimizer.warmup_steps=1"]
+    result = enter(train.main, STAGE0, *arguments, "--config.optimizer.learning_rate=1e30", "--config.checkpoint.every=1")
+    check(result, "step", "nonfinite_step_")
+    (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
+    assert "text_to_image/" in record.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt= ", "--output=x.png"], ["--prompt is empty"]),
+        (["--prompt=x", "--output=x.jpg"], ["x.jpg", ".png"]),
+        (["--prompt=x", "--output=nowhere/x.png"], ["nowhere", "does not exist"]),
+        (["--prompt=x", "--image", "missing.png", "--output=x.png"], ["missing.png"]),
+        (["--prompt=x", "--output=x.png"], ["config.json does not exist"]),
+    ],
+)
+def test_bad_requests(enter, tmp_path, arguments: list[str], words: list[str]) -> None:
+    check(enter(sample.main, f"--workdir={tmp_path}", *arguments), *words)

@@ -1,0 +1,98 @@
+"""A tiny dataset and tiny versions of the shipped stages, for tests that run whole training steps."""
+
+import io
+import pathlib
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.config import Config
+from mmcore_jax.data import example as example_lib
+from mmcore_jax.data.text import train_tokenizer
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
+SHAPES = ("square", "bar", "dot")
+
+
+def drawing(colour: str, shape: str, size: int = 16) -> bytes:
+    """A PNG of a coloured shape on white."""
+    pixels = np.full((size, size, 3), 255, np.uint8)
+    span = {"square": (slice(4, 12), slice(4, 12)), "bar": (slice(6, 10), slice(1, 15)), "dot": (slice(6, 10), slice(6, 10))}
+    pixels[span[shape]] = COLOURS[colour]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def examples() -> dict[str, list[example_lib.Example]]:
+    """A few examples of every task that the embedded recipes name."""
+    text, image = example_lib.text, example_lib.image
+    tasks: dict[str, list] = {}
+
+    def add(task: str, *segments: dict) -> None:
+        tasks.setdefault(task, []).append({"id": f"{task}/{len(tasks.get(task, []))}", "task": task, "segments": list(segments)})
+
+    for shape in SHAPES:
+        for colour in COLOURS:
+            picture, name = drawing(colour, shape), f"a {colour} {shape}"
+            add("text_to_image", text(name), image(picture, True))
+            add("text_to_image_core", text(name), image(picture, True))
+            add("caption", image(picture), text("what is this?"), text(name, "assistant"))
+            for task in ("edit_tone", "edit_gender", "edit_colour"):
+                add(task, image(picture), text("make it red"), image(drawing("red", shape), True))
+            add("compose", image(picture), image(drawing("red", "dot")), text("combine them"), image(picture, True))
+    return tasks
+
+
+def write_dataset(directory: pathlib.Path) -> pathlib.Path:
+    """Writes shards and a tokenizer, laid out as `prepare` does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = []
+    for task, items in examples().items():
+        writer = ArrayRecordWriter(str(directory / f"{task}-train-00000-of-00001.array_record"), "group_size:1")
+        for item in items:
+            writer.write(example_lib.encode(item))
+            words += [segment["text"] for segment in item["segments"] if segment["type"] == "text"]
+        writer.close()
+    train_tokenizer(words, 320, directory / "tokenizer")
+    return directory
+
+
+def overrides(stage: str, data: pathlib.Path) -> list[str]:
+    """Command-line overrides that shrink the shipped recipe of a stage and point it at `data`."""
+    settings = {"data.tokenizer": data / "tokenizer", "data.image_size": 16, "data.window": 64, "execution.scan_layers": True}
+    settings |= {"total_steps": 20, "telemetry.log_every": 1, "telemetry.sample_every": 0, "checkpoint.every": 5}
+    settings |= {"optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9}
+    sources = config_lib.load(str(REPOSITORY / f"configs/{stage}.py")).data.sources
+    settings |= {f"data.sources.{task}.shards": data / f"{task}-train-*.array_record" for task in sources}
+    tower = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    settings |= {f"model.vision_target.vision.{name}": value for name, value in {**tower, "image_size": 16}.items()}
+    if stage == "stage0":
+        settings |= {f"model.vision_target.text.{name}": value for name, value in {**tower, "vocab_size": 320}.items()}
+        settings |= {"batch_size": 16}
+    else:
+        vlm = {**tower, "kv_heads": 1, "vocab_size": 320, "mrope_section": (2, 3, 3)}
+        settings |= {f"model.vlm.{name}": value for name, value in vlm.items()}
+        settings |= {f"model.vlm.vision.{name}": value for name, value in tower.items()}
+        budgets = {"vlm_tokens": 64, "vision_patches": 32, "images": 3}
+        if stage == "stage2":
+            settings |= {f"model.dit.{name}": tower[name] for name in ("width", "depth", "heads")}
+            settings |= {"model.dit.context_width": 32, "model.dit.position_grid": 4}
+            budgets |= {"context_tokens": 40, "latent_tokens": 48}
+        settings |= {"batch_size": 8, "model.connector.width": 32}
+        settings |= {f"data.budgets.{name}": value for name, value in budgets.items()}
+    if stage == "stage2":
+        settings = {name: value for name, value in settings.items() if "vision_target" not in name}
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def config(stage: str, data: pathlib.Path, *extra: str, random: bool = True) -> Config:
+    """The tiny config of a stage; with `random`, every part starts from random weights."""
+    given = [*overrides(stage, data), *extra]
+    file = str(REPOSITORY / f"configs/{stage}.py")
+    if random:
+        given += [f"--config.init.{part}=random" for part in config_lib.load(file).init]
+    return config_lib.load(file, given)

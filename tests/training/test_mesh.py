@@ -1,0 +1,76 @@
+"""Meshes over eight emulated devices, in a process of their own: every mesh gives the same loss curve."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+MESHES = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (4, 1, 1, 2), "mixed": (2, 2, 1, 2), "context": (2, 2, 2, 1)}
+STEPS = 20
+
+
+def curves(stage: str, data: str) -> dict[str, list[float]]:
+    """Loss curves of a tiny stage on one device and on every mesh. Runs where eight devices are."""
+    import jax
+
+    from mmcore_jax import config as config_lib
+    from mmcore_jax import sharding
+    from mmcore_jax.data.pipeline import Batches
+    from mmcore_jax.mmcore import MMCORE
+    from mmcore_jax.objectives import alignment
+    from mmcore_jax.training.checkpoint import initial_params
+    from mmcore_jax.training.state import Constants, create_state, freeze, join, make_plan
+    from mmcore_jax.training.step import make_step
+
+    config = tiny.config(stage, pathlib.Path(data))
+    batches, model = Batches(config), MMCORE(config.model, config.execution)
+    result = {}
+    for name, sizes in {"one": (1, 1, 1, 1), **MESHES}.items():
+        mesh = sharding.make_mesh(config_lib.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
+        with jax.set_mesh(mesh):
+            plan = make_plan(config, model, mesh, batches[0].arrays)
+            params = initial_params(config, model, plan, batches[0].arrays, list(plan.shapes))
+            frozen = freeze(config, plan, params)
+            statistics = {}
+            if config.objectives.alignment:
+                statistics = alignment.measure(model, join({}, Constants(frozen, {})), batches, mesh)
+            state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
+            step, losses = jax.jit(make_step(config, model, plan), donate_argnums=0), []
+            for number in range(STEPS):
+                state, metrics = step(state, constants, sharding.shard_batch(batches[number].arrays, mesh))
+                losses.append(float(metrics["loss"]))
+            if name == "mixed":
+                parts = {len(leaf.sharding.device_set) // max(1, _copies(leaf)) for leaf in state.params.values()}
+                assert max(parts) > 1, "nothing is sharded"
+        result[name] = losses
+    return result
+
+
+def _copies(leaf) -> int:
+    shards = {tuple((s.start, s.stop) for s in shard.index) for shard in leaf.addressable_shards}
+    return len(leaf.addressable_shards) // len(shards)
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
+def test_every_mesh_gives_the_same_curve(stage: str, tmp_path) -> None:
+    tiny.write_dataset(tmp_path)
+    code = f"import json; from tests.training.test_mesh import curves; print(json.dumps(curves({stage!r}, {str(tmp_path)!r})))"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tiny.REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    for name in MESHES:
+        np.testing.assert_allclose(found[name], found["one"], rtol=1e-3, err_msg=name)
+    assert np.ptp(found["one"]) > 1e-2
