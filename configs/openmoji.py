@@ -26,7 +26,14 @@ def siglip(text: bool) -> ConfigDict:
 def vlm() -> ConfigDict:
     """A Qwen2.5-VL of 192 channels."""
     vision = dict(
-        width=96, depth=2, heads=2, mlp_width=256, patch_size=4, merge_size=2, window_size=16, full_attention_blocks=(1,)
+        width=96,
+        depth=2,
+        heads=2,
+        mlp_width=256,
+        patch_size=4,
+        merge_size=2,
+        window_size=16,
+        full_attention_blocks=(1,),
     )
     return ConfigDict(
         dict(

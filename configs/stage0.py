@@ -41,9 +41,7 @@ def _openmoji() -> ConfigDict:
                 threads=2,
                 bad_record_limit=0.01,
             ),
-            objectives=dict(
-                sigmoid_contrastive=dict(weight=1.0), next_token=None, alignment=None, flow_matching=None
-            ),
+            objectives=dict(sigmoid_contrastive=dict(weight=1.0), next_token=None, alignment=None, flow_matching=None),
             tuning=(dict(pattern=".*"),),
             optimizer=dict(
                 learning_rate=2e-3,
@@ -68,4 +66,11 @@ def _openmoji() -> ConfigDict:
     )
 
 
-RECIPES = {"openmoji": _openmoji}
+def _smoke() -> ConfigDict:
+    """A few steps, to see that everything works."""
+    config = _openmoji()
+    config.update(recipe="smoke", total_steps=20, batch_size=16)
+    return config
+
+
+RECIPES = {"openmoji": _openmoji, "smoke": _smoke}

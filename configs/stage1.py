@@ -73,4 +73,12 @@ def _openmoji() -> ConfigDict:
     )
 
 
-RECIPES = {"openmoji": _openmoji}
+def _smoke() -> ConfigDict:
+    """A few steps, to see that everything works."""
+    config = _openmoji()
+    config.update(recipe="smoke", total_steps=20, batch_size=4)
+    config.init.vision_target = "runs/stage0-smoke"
+    return config
+
+
+RECIPES = {"openmoji": _openmoji, "smoke": _smoke}

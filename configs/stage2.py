@@ -56,7 +56,7 @@ def _openmoji() -> ConfigDict:
                 sources={task: dict(shards=openmoji.shards(task), weight=weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=openmoji.IMAGE_SIZE,
-                budgets=dict(vlm_tokens=80, vision_patches=128, context_tokens=56, latent_tokens=192, images=3),
+                budgets=dict(vlm_tokens=80, vision_patches=64, context_tokens=36, latent_tokens=192, images=3),
                 window=1024,
                 threads=2,
                 bad_record_limit=0.01,
@@ -67,7 +67,7 @@ def _openmoji() -> ConfigDict:
                 alignment=None,
                 flow_matching=dict(
                     weight=1.0,
-                    logit_mean=-0.4,
+                    logit_mean=0.4,
                     logit_std=1.0,
                     shift=1.0,
                     dropout=dict(
@@ -99,4 +99,13 @@ def _openmoji() -> ConfigDict:
     )
 
 
-RECIPES = {"openmoji": _openmoji}
+def _smoke() -> ConfigDict:
+    """A few steps, to see that everything works."""
+    config = _openmoji()
+    config.update(recipe="smoke", total_steps=20, batch_size=4)
+    config.telemetry.sample_every = 0
+    config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-smoke"))
+    return config
+
+
+RECIPES = {"openmoji": _openmoji, "smoke": _smoke}

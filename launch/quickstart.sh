@@ -14,7 +14,7 @@ while (($#)); do
   case $1 in
     --smoke) recipe=smoke ;;
     --seed)
-      [[ ${2:-} =~ ^[0-9]+$ ]] || { echo "error: --seed needs a number, for example --seed 1." >&2; exit 2; }
+      [[ ${2:-} =~ ^(0|[1-9][0-9]*)$ ]] || { echo "error: --seed needs a number, for example --seed 1." >&2; exit 2; }
       seed=$2 runs=runs/seed$2
       shift
       ;;
@@ -64,9 +64,11 @@ train stage2 --config.init.{vlm,queries,connector}="$stage1"
 headline 5/6 "drawing"
 mkdir -p "$pictures"
 draw red-heart "a red heart"
-draw grapes "a drawing of grapes"
-draw cat-face "an emoji of a cat face"
 draw blue-heart "make the heart blue" --image "$pictures/red-heart.png"
+if [[ $recipe != smoke ]]; then
+  draw grapes "a drawing of grapes"
+  draw cat-face "an emoji of a cat face"
+fi
 
 headline 6/6 "evaluating"
 python -m mmcore_jax.evaluate "${evaluation[@]}"

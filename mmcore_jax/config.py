@@ -1,8 +1,9 @@
 """Every setting, as frozen dataclasses, and the strict way into them.
 
-A config file holds `RECIPES`, by name, and `get_config(recipe)`, which returns an `ml_collections.ConfigDict`. `load` runs it, applies overrides such
-as `--config.optimizer.learning_rate=1e-4`, and converts the result into a `Config`: an unknown, missing or mistyped key
-stops with its path, the file and the nearest valid name. After that no code reads a ConfigDict.
+A config file holds `RECIPES`, by name, and `get_config(recipe)`, which returns an `ml_collections.ConfigDict`. `load`
+runs it, applies overrides such as `--config.optimizer.learning_rate=1e-4`, and converts the result into a `Config`: an
+unknown, missing or mistyped key stops with its path, the file and the nearest valid name. After that no code reads a
+ConfigDict.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import ml_collections
 
 DEFAULT_RECIPE = "openmoji"
 
-# --- Errors ------------------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -44,7 +45,7 @@ def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
     return enter
 
 
-# --- The parts ---------------------------------------------------------------------------------------------------------
+# --- The parts --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ class MMDiT:
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """"pixel" is the identity, scaled to [-1, 1]."""
+    """ "pixel" is the identity, scaled to [-1, 1]."""
 
     kind: Literal["pixel"]
 
@@ -159,7 +160,7 @@ class Model:
     autoencoder: Autoencoder | None
 
 
-# --- Objectives --------------------------------------------------------------------------------------------------------
+# --- Objectives -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Objectives:
     flow_matching: FlowMatching | None
 
 
-# --- Data --------------------------------------------------------------------------------------------------------------
+# --- Data -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +260,7 @@ class Data:
     bad_record_limit: float
 
 
-# --- Training ----------------------------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +372,7 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-# --- The way in --------------------------------------------------------------------------------------------------------
+# --- The way in -------------------------------------------------------------------------------------------------------
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:

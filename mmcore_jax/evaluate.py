@@ -10,12 +10,10 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Config, UserError, door
@@ -27,6 +25,7 @@ from mmcore_jax.evaluation.scores import Scores
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
+from mmcore_jax.progress import progress
 from mmcore_jax.training.checkpoint import load_run
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch
@@ -66,7 +65,7 @@ def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
     data = Drawings(arguments.data, config.data.image_size)
     run = _load(arguments.workdir)
     draw, extract = make_draw(run, arguments.steps, arguments.seed), make_extract()
-    results, sheets = openmoji.evaluate(run, data, draw, extract, arguments.cases, arguments.seed, _progress)
+    results, sheets = openmoji.evaluate(run, data, draw, extract, arguments.cases, arguments.seed, progress)
     stage1 = find_aligned(config)
     if stage1:
         results["alignment"] = openmoji.score_alignment(_load(stage1), data, arguments.seed)
@@ -164,15 +163,6 @@ def _suite(name: str) -> Callable[[argparse.Namespace], tuple[Scores, Sheets]]:
     if name not in SUITES:
         raise UserError(f"--suite {name} does not exist; there are {', '.join(SUITES)}.")
     return SUITES[name]
-
-
-def _progress(items: Iterable, total: int, label: str) -> Iterator:
-    """A bar on a terminal, a line for each item elsewhere."""
-    is_terminal = sys.stderr.isatty()
-    for done, item in enumerate(tqdm(items, label, total, disable=not is_terminal), 1):
-        yield item
-        if not is_terminal:
-            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

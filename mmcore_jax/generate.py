@@ -33,7 +33,7 @@ class Generator:
 
     def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
         self._model, self._size = model, config.data.image_size
-        self._sizes = layout.geometry(config.model, config.data.image_size)
+        self._sizes = layout.geometry(config.model, config.data)
         self._format = layout.ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(_denoise, model), static_argnames=("steps", "shift"))
 
@@ -65,7 +65,13 @@ class Generator:
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
             batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, self._sizes)
             outputs = self._denoise(
-                params, batch, _last_image(batch), branches, jax.random.key(seed), settings.steps, settings.timestep_shift
+                params,
+                batch,
+                _last_image(batch),
+                branches,
+                jax.random.key(seed),
+                settings.steps,
+                settings.timestep_shift,
             )
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
@@ -98,7 +104,10 @@ def _denoise(
     steps: int,
     shift: float,
 ) -> jax.Array:
-    """Integrates the guided flow; returns the last image of each row, float32 in [0, 1]. `last`: its tokens, `[B, S]`."""
+    """Integrates the guided flow; returns the last image of each row, float32 in [0, 1].
+
+    `last` holds the tokens of that image, `[B, S]`.
+    """
     forward = Forward(model, params, batch)
     shape = batch.images.generated.shape
 

@@ -1,13 +1,14 @@
 """MMCORE, the paper's Figure 5, as pure functions of parameters and batches.
 
-    text, images, queries -> VLM -> hidden states -> connector -> visual embeddings  (aligned with a frozen vision encoder)
+    text, images, queries -> VLM -> hidden states -> connector -> visual embeddings (aligned with a frozen encoder)
                                         |                              |
                                         +---- text ----> dual pathway <+
                                                               |
     images -> autoencoder -> latents, noised ------------> diffusion transformer -> velocity
 
-Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit`. A stage holds only the
-parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens, I frames of a row, N query tokens, T latent tokens, P values in a patch.
+Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit`. A stage holds only
+the parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens, I frames
+of a row, N query tokens, T latent tokens, P values in a patch.
 """
 
 import functools
@@ -88,7 +89,10 @@ class MMCORE(nn.Module):
     # --- Vision target: what the visual embeddings are aligned with --------------------------------------------------
 
     def target_embeddings(self, pixels: jax.Array) -> jax.Array:
-        """Patch features of images `[B, I, size, size, 3]`, average-pooled to the query grid: float32 `[B, I, N, D_visual]`."""
+        """Patch features of images `[B, I, size, size, 3]`, average-pooled to the query grid.
+
+        Returns float32 `[B, I, N, D_visual]`.
+        """
         flat = pixels.reshape(-1, *pixels.shape[2:])
         features = self.vision_target.patch_features(flat).astype(jnp.float32)
         grid, side = self.config.queries.grid, int(features.shape[1] ** 0.5)
@@ -132,9 +136,7 @@ class MMCORE(nn.Module):
         part, meta = batch.diffusion, batch.diffusion.latent_meta
         timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
         slots = Slots(part.context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
-        prediction = self.dit(
-            tokens, context, timesteps, slots, meta, part.context_meta, masks.block_causal
-        )
+        prediction = self.dit(tokens, context, timesteps, slots, meta, part.context_meta, masks.block_causal)
         t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
         return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)
 

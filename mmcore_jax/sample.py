@@ -1,7 +1,7 @@
 """Draws an image from a prompt, or edits images, with a trained stage 2.
 
-    python -m mmcore_jax.sample --workdir=runs/stage2-openmoji --prompt "a red apple" --output apple.png
-    python -m mmcore_jax.sample --workdir=runs/stage2-openmoji --prompt "turn the heart blue" --image heart.png --output blue.png
+python -m mmcore_jax.sample --workdir=WORKDIR --prompt "a red heart" --output heart.png
+python -m mmcore_jax.sample --workdir=WORKDIR --prompt "make the heart blue" --image heart.png --output blue.png
 """
 
 import argparse
@@ -27,16 +27,22 @@ def main(argv: Sequence[str]) -> None:
     check_output(arguments.output)
     config, model, params = load_run(arguments.workdir)
     if config.sampling is None:
-        raise UserError(f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2.")
+        raise UserError(
+            f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
+        )
     given = {name: getattr(arguments, name) for name in ("steps", "text_scale", "visual_scale")}
-    settings = dataclasses.replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
+    settings = dataclasses.replace(
+        config.sampling, **{name: value for name, value in given.items() if value is not None}
+    )
     generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
     (image,) = generator(params, [request], settings, arguments.seed)
     information = PngImagePlugin.PngInfo()
     for name, value in {"prompt": arguments.prompt, "seed": arguments.seed, **dataclasses.asdict(settings)}.items():
         information.add_text(name, str(value))
     picture = Image.fromarray(image)
-    picture = picture.resize((arguments.scale * picture.width, arguments.scale * picture.height), Image.Resampling.NEAREST)
+    picture = picture.resize(
+        (arguments.scale * picture.width, arguments.scale * picture.height), Image.Resampling.NEAREST
+    )
     picture.save(arguments.output, pnginfo=information)
     print(f"{arguments.output}: {arguments.prompt!r}, seed {arguments.seed}, {jax.default_backend()}")
 
@@ -76,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
     parser.add_argument("--text_scale", type=float, help="guidance towards the text; default: the config's")
-    parser.add_argument("--visual_scale", type=float, help="guidance towards the visual embeddings; default: the config's")
+    parser.add_argument(
+        "--visual_scale", type=float, help="guidance towards the visual embeddings; default: the config's"
+    )
     parser.add_argument("--scale", type=int, default=8, help="pixels of the output for each one generated")
     return parser
 

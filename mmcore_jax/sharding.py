@@ -1,7 +1,7 @@
 """The device mesh, and the one table that maps logical axes of arrays to its axes.
 
-Modules name what an axis is ("embed", "mlp", "heads"); the table below says where it lives. An unknown name, or two names
-of one array that claim the same mesh axis, is an error: current Flax resolves both silently.
+Modules name what an axis is ("embed", "mlp", "heads"); the table below says where it lives. An unknown name, or two
+names of one array that claim the same mesh axis, is an error: current Flax resolves both silently.
 """
 
 import math

@@ -27,11 +27,12 @@ from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.training.checkpoint import Checkpoints, initial_params
+from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, make_step
 from mmcore_jax.training.telemetry import Telemetry
 
-# A step's metrics are read when this many later steps have been dispatched, so that the device never waits for the host.
+# A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
 LAG = 2
 
 
@@ -50,7 +51,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     """Trains until `config.total_steps` or SIGTERM; returns the exit code."""
     stop = StopSignal()
 
-    # --- Devices and workdir ---------------------------------------------------------------------------------------------
+    # --- Devices and workdir ------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulation, mesh)
     claim(workdir, config)
@@ -60,11 +61,11 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         return 0
     jax.set_mesh(mesh)
 
-    # --- Data ------------------------------------------------------------------------------------------------------------
+    # --- Data ---------------------------------------------------------------------------------------------------------
     batches = Batches(config, jax.process_index(), jax.process_count())
     example = batches[0].arrays
 
-    # --- Model and state: own checkpoint, else what config.init names ----------------------------------------------------
+    # --- Model and state: own checkpoint, else what config.init names -------------------------------------------------
     model = MMCORE(config.model, config.execution)
     plan = make_plan(config, model, mesh, example)
     if checkpoints.latest_step is None:
@@ -78,11 +79,11 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         frozen = freeze(config, plan, initial_params(config, model, plan, example, plan.frozen))
         state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
 
-    # --- The loop --------------------------------------------------------------------------------------------------------
+    # --- The loop -----------------------------------------------------------------------------------------------------
     step_function = jax.jit(make_step(config, model, plan), donate_argnums=0)
     first = int(state.step)
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
-    clock = Clock()
+    clock = Clock(first, step_flops(config, plan, example)["total"])
     pending: collections.deque[Pending] = collections.deque()
     pictures = Pictures(workdir, config, model, batches) if config.telemetry.sample_every else None
 
@@ -140,7 +141,9 @@ class Pictures:
         self._directory, self._config = workdir / "samples", config
         self._directory.mkdir(exist_ok=True)
         self._generator = Generator(config, model, batches.tokenizer)
-        self._examples = [example for example in batches.examples(self.PER_SOURCE) if example["segments"][-1].get("generate")]
+        self._examples = [
+            example for example in batches.examples(self.PER_SOURCE) if example["segments"][-1].get("generate")
+        ]
 
     def draw(self, step: int, params: Params) -> None:
         """Writes `step_000500.png`."""
@@ -157,15 +160,20 @@ class Pictures:
 
 
 class Clock:
-    """Speeds between two log lines."""
+    """Speeds between two log lines. MFU is left out where the peak of the device is not known."""
 
-    def __init__(self) -> None:
-        self.examples, self._time, self._step = 0, time.perf_counter(), None
+    def __init__(self, first: int, flops: float) -> None:
+        self.examples, self._flops, self._last = 0, jax.process_count() * flops, (first, time.perf_counter())
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak and peak * jax.device_count()
 
     def rates(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        rates = {"examples_per_second": self.examples / (now - self._time)}
-        self.examples, self._time, self._step = 0, now, step
+        (before, then), now = self._last, time.perf_counter()
+        seconds = (now - then) / (step - before)
+        rates = {"examples_per_second": self.examples / (now - then), "step_seconds": seconds}
+        if self._peak:
+            rates["mfu"] = self._flops / seconds / self._peak
+        self.examples, self._last = 0, (step, now)
         return rates
 
 
@@ -210,7 +218,9 @@ def check_finite(workdir: pathlib.Path, done: Pending, metrics: dict[str, float]
     if not broken:
         return
     path = workdir / f"nonfinite_step_{done.step}.json"
-    path.write_text(json.dumps({"step": done.step, "metrics": {k: repr(v) for k, v in metrics.items()}, "ids": done.ids}, indent=1))
+    path.write_text(
+        json.dumps({"step": done.step, "metrics": {k: repr(v) for k, v in metrics.items()}, "ids": done.ids}, indent=1)
+    )
     raise UserError(
         f"{broken[0]} is {metrics[broken[0]]} at step {done.step}: the run stops, its last checkpoint is intact, "
         f"and the ids of the batch are in {path}."

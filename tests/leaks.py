@@ -1,7 +1,7 @@
 """Finds leaks: tokens that a function lets see more, or less, than they may.
 
-`may_see_vlm` and `may_see_diffusion` say once more, token by token and in plain Python, what the rules of `nn/masks.py` say
-in arrays. `leaks` measures what really flows, in the forward pass and in the gradient.
+`may_see_vlm` and `may_see_diffusion` say once more, token by token and in plain Python, what the rules of `nn/masks.py`
+say in arrays. `leaks` measures what really flows, in the forward pass and in the gradient.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,9 @@ def may_see_diffusion(q: Token, k: Token) -> bool:
 
 def visibility(may_see: Callable[[Token, Token], bool], q_meta: TokenMeta, k_meta: TokenMeta) -> np.ndarray:
     """Bool `[L, S]` for the first row of the metadata."""
-    queries, keys = ([Token(*map(int, token)) for token in zip(*(field[0] for field in meta))] for meta in (q_meta, k_meta))
+    queries, keys = (
+        [Token(*map(int, token)) for token in zip(*(field[0] for field in meta))] for meta in (q_meta, k_meta)
+    )
     return np.array([[may_see(q, k) for k in keys] for q in queries])
 
 

@@ -1,4 +1,4 @@
-"""Small packed rows made by `data/layout.py` from hand-written examples, with a tokenizer of one token per character."""
+"""Small rows that `data/layout.py` packs from hand-written examples, with a tokenizer of one token per character."""
 
 import io
 
@@ -47,7 +47,7 @@ def png(seed: int, size: int = SIZES.image_size) -> bytes:
 
 
 def document(name: str, *segments) -> example.Example:
-    """An example from strings (user text), `("assistant", text)`, and integers (seed of an image, negative if generated)."""
+    """An example from user texts, `("assistant", text)` and integers: the seed of an image, negative if generated."""
     made = []
     for segment in segments:
         if isinstance(segment, int):

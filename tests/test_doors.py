@@ -42,11 +42,14 @@ STAGE0 = "--config=configs/stage0.py"
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--config=configs/stage9.py"], ["configs/stage9.py", "does not exist"]),
         (["--config=configs/stage0.py:openmojo"], ["openmojo", "did you mean 'openmoji'"]),
-        ([STAGE0, "--config.optimizer.learning_rat=1"], ["config.optimizer.learning_rat", "did you mean 'learning_rate'"]),
+        (
+            [STAGE0, "--config.optimizer.learning_rat=1"],
+            ["config.optimizer.learning_rat", "did you mean 'learning_rate'"],
+        ),
         ([STAGE0, "--config.sed=1"], ["config.sed", "did you mean 'seed'"]),
         ([STAGE0, "--config.total_steps=many"], ["config.total_steps", "'many'", "expected int"]),
         ([STAGE0, "--config.batch_size=1.5"], ["config.batch_size", "1.5", "expected int"]),
@@ -108,14 +111,16 @@ def test_workdir_of_another_run(data, tmp_path, enter) -> None:
 
 def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data), "--config.optimizer.warmup_steps=1"]
-    result = enter(train.main, STAGE0, *arguments, "--config.optimizer.learning_rate=1e30", "--config.checkpoint.every=1")
+    result = enter(
+        train.main, STAGE0, *arguments, "--config.optimizer.learning_rate=1e30", "--config.checkpoint.every=1"
+    )
     check(result, "step", "nonfinite_step_")
     (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
     assert "text_to_image/" in record.read_text()
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--prompt= ", "--output=x.png"], ["--prompt is empty"]),
         (["--prompt=x", "--output=x.jpg"], ["x.jpg", ".png"]),

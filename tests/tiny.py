@@ -20,7 +20,11 @@ SHAPES = ("square", "bar", "dot")
 def drawing(colour: str, shape: str, size: int = 16) -> bytes:
     """A PNG of a coloured shape on white."""
     pixels = np.full((size, size, 3), 255, np.uint8)
-    span = {"square": (slice(4, 12), slice(4, 12)), "bar": (slice(6, 10), slice(1, 15)), "dot": (slice(6, 10), slice(6, 10))}
+    span = {
+        "square": (slice(4, 12), slice(4, 12)),
+        "bar": (slice(6, 10), slice(1, 15)),
+        "dot": (slice(6, 10), slice(6, 10)),
+    }
     pixels[span[shape]] = COLOURS[colour]
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -33,7 +37,9 @@ def examples() -> dict[str, list[example_lib.Example]]:
     tasks: dict[str, list] = {}
 
     def add(task: str, *segments: dict) -> None:
-        tasks.setdefault(task, []).append({"id": f"{task}/{len(tasks.get(task, []))}", "task": task, "segments": list(segments)})
+        tasks.setdefault(task, []).append(
+            {"id": f"{task}/{len(tasks.get(task, []))}", "task": task, "segments": list(segments)}
+        )
 
     for shape in SHAPES:
         for colour in COLOURS:
@@ -63,7 +69,12 @@ def write_dataset(directory: pathlib.Path) -> pathlib.Path:
 
 def overrides(stage: str, data: pathlib.Path) -> list[str]:
     """Command-line overrides that shrink the shipped recipe of a stage and point it at `data`."""
-    settings = {"data.tokenizer": data / "tokenizer", "data.image_size": 16, "data.window": 64, "execution.scan_layers": True}
+    settings = {
+        "data.tokenizer": data / "tokenizer",
+        "data.image_size": 16,
+        "data.window": 64,
+        "execution.scan_layers": True,
+    }
     settings |= {"total_steps": 20, "telemetry.log_every": 1, "telemetry.sample_every": 0, "checkpoint.every": 5}
     settings |= {"optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9}
     sources = config_lib.load(str(REPOSITORY / f"configs/{stage}.py")).data.sources

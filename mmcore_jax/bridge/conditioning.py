@@ -1,5 +1,5 @@
-"""Dual-pathway conditioning (MMCORE section 3.1.1 iii and 3.2): text and visual embeddings, each with its own projection
-and its own learned null embedding, and the independent dropout of the two.
+"""Dual-pathway conditioning (MMCORE section 3.1.1 iii and 3.2): text and visual embeddings, each with its own
+projection and its own learned null embedding, and the independent dropout of the two.
 
 B rows, L context tokens, I frames of a row, D width.
 """
@@ -60,5 +60,6 @@ def draw_dropout(config: Dropout, draws: jax.Array, step: jax.Array) -> Drop:
     """Turns uniform draws `[B, I, 3]` (text, visual, joint) into what is dropped at this step."""
     joint = draws[..., 2] < config.joint
     return Drop(
-        text=(draws[..., 0] < ramp(config.text, step)) | joint, visual=(draws[..., 1] < ramp(config.visual, step)) | joint
+        text=(draws[..., 0] < ramp(config.text, step)) | joint,
+        visual=(draws[..., 1] < ramp(config.visual, step)) | joint,
     )

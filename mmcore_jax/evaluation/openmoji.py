@@ -52,15 +52,11 @@ def evaluate(
       progress: wraps the long loops.
     """
     trained_on = training_examples(run.config)
-    sets = caption_sets(data, trained_on)
-    quizzes = {name: choose_quiz(data, examples, cases, seed, name) for name, examples in sets.items()}
+    quizzes = choose_quizzes(data, trained_on, cases, seed)
     edits = {task: choose_edits(data, task, cases, seed) for task in present_edits(trained_on)}
     drawn = draw_all(quizzes, edits, draw, progress)
-    results = {
-        "text_to_image": {name: score_quiz(name, quiz, drawn, extract) for name, quiz in quizzes.items()},
-        "edits": {task: score_edits(task, chosen, drawn) for task, chosen in edits.items()},
-        "flow_loss": score_flow(run, quizzes, edits, min(cases, FLOW_EXAMPLES), seed, progress),
-    }
+    results = score_pictures(quizzes, edits, drawn, extract)
+    results["flow_loss"] = score_flow(run, quizzes, edits, min(cases, FLOW_EXAMPLES), seed)
     return results, {"text_to_image": quiz_rows(quizzes, drawn), "edits": edit_rows(edits, drawn)}
 
 
@@ -160,6 +156,12 @@ class Quiz:
     answers: np.ndarray  # [n]
 
 
+def choose_quizzes(data: Drawings, trained_on: Sequence[Example], cases: int, seed: int) -> dict[str, Quiz]:
+    """The quiz of each of `caption_sets`."""
+    sets = caption_sets(data, trained_on)
+    return {name: choose_quiz(data, examples, cases, seed, name) for name, examples in sets.items()}
+
+
 def choose_quiz(data: Drawings, examples: Sequence[Example], cases: int, seed: int, name: str) -> Quiz:
     """Draws up to `CANDIDATES` images, and requests for each of them in turn until there are `cases`."""
     groups: dict[bytes, list[Example]] = {}
@@ -209,6 +211,14 @@ def draw_all(quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], draw: Draw,
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+def score_pictures(quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], drawn: Drawn, extract: Extract) -> Scores:
+    """Everything that is scored by pictures."""
+    return {
+        "text_to_image": {name: score_quiz(name, quiz, drawn, extract) for name, quiz in quizzes.items()},
+        "edits": {task: score_edits(task, chosen, drawn) for task, chosen in edits.items()},
+    }
 
 
 def score_quiz(name: str, quiz: Quiz, drawn: Drawn, extract: Extract) -> dict[str, Score]:
@@ -274,7 +284,7 @@ def score_alignment(run: Run, data: Drawings, seed: int) -> Sets:
 
     groups = [quiz.requests for quiz in quizzes.values()]
     groups += [[edit.request for edit in edits] for edits in families.values()]
-    predicted = _split(probes.predicted_embeddings(run, sum(groups, [])), groups)
+    predicted = _split(probes.predicted_embeddings(run, list(itertools.chain(*groups))), groups)
     images_known = [quiz.candidates for quiz in quizzes.values()]
     images_known += [edit.members for edits in families.values() for edit in edits]
     known = _split(probes.target_embeddings(run, np.concatenate(images_known)), images_known)
@@ -318,18 +328,16 @@ def _flat_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return scores.cosines(*(rows.reshape(len(rows), -1) for rows in (x, y)))
 
 
-def score_flow(
-    run: Run, quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], cases: int, seed: int, progress: Progress
-) -> Sets:
+def score_flow(run: Run, quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], cases: int, seed: int) -> Sets:
     """The flow loss by bins of the timestep, with either pathway dropped, both or none."""
     one_input = [[edit.request for edit in chosen] for task, chosen in edits.items() if task != "compose"]
-    alternating = round_robin(one_input)
-    sets = {"trained": quizzes["trained"].requests if "trained" in quizzes else [], "held_out_edits": alternating}
-    sets = {name: requests[:cases] for name, requests in sets.items() if requests}
-    return {
-        name: _flow_scores(probes.flow_losses(run, requests, seed))
-        for name, requests in progress(sets.items(), len(sets), "flow loss")
+    sets = {
+        "trained": quizzes["trained"].requests if "trained" in quizzes else [],
+        "held_out_edits": round_robin(one_input),
     }
+    sets = {name: requests[:cases] for name, requests in sets.items() if requests}
+    losses = _split(probes.flow_losses(run, list(itertools.chain(*sets.values())), seed), list(sets.values()))
+    return {name: _flow_scores(rows) for name, rows in zip(sets, losses)}
 
 
 def _flow_scores(losses: np.ndarray) -> dict[str, Score]:

@@ -94,7 +94,7 @@ def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Arr
 def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:
     """Batches of one example a row; the last one is filled up with the last example."""
     size = run.config.data.image_size
-    chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, size)
+    chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, run.config.data)
     items = [layout.make_item(example, chat, sizes) for example in examples]
     budgets = Budgets(*map(int, np.max([layout.lengths(item, sizes) for item in items], axis=0)))
     for first in range(0, len(items), batch_size):

@@ -11,7 +11,7 @@ import collections
 import functools
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tup
 class _StateDictUnpickler(pickle.Unpickler):
     """Admits the names that a state dict needs, each mapped to something harmless, and no other."""
 
-    ADMITTED = {
+    ADMITTED: ClassVar[dict] = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch", "FloatStorage"): np.dtype("<f4"),

@@ -1,7 +1,7 @@
 """MMDiT of the SD3 family (diffusers `transformer_sd3.py`), on packed rows of several frames.
 
-Two streams, context (text and visual embeddings) and latents, with their own weights and one joint attention; adaLN-zero
-modulation from the timestep of the frame that a token belongs to.
+Two streams, context (text and visual embeddings) and latents, with their own weights and one joint attention;
+adaLN-zero modulation from the timestep of the frame that a token belongs to.
 
 B rows, L context tokens, S latent tokens, T timestep slots, D width, H heads, C channels per head, P values in a patch.
 """
@@ -16,10 +16,10 @@ import numpy as np
 from mmcore_jax.config import Execution, MMDiT
 from mmcore_jax.nn import masks, rotary
 from mmcore_jax.nn.attention import attention
-from mmcore_jax.nn.layers import Dense, LayerNorm, RMSNorm, gather_tokens, merge_heads, split_heads
+from mmcore_jax.nn.layers import Dense, LayerNorm, RMSNorm, merge_heads, split_heads
 from mmcore_jax.nn.masks import Rule, TokenMeta
 from mmcore_jax.nn.stack import stack
-from mmcore_jax.sharding import constrain, parameter
+from mmcore_jax.sharding import constrain
 
 SINUSOIDS = 256
 _ZEROS = nn.initializers.zeros
@@ -74,7 +74,9 @@ class MMDiTModel(nn.Module):
         shared = (condition, slots, meta, code)
         fields = {"config": c, "rule": rule}
         x, y = stack(JointBlock, c.depth - 1, self.execution, "blocks", **fields)((x, y), None, *shared)
-        (x, _), _ = JointBlock(**fields, execution=self.execution, context_pre_only=True, name="last_block")((x, y), None, *shared)
+        (x, _), _ = JointBlock(**fields, execution=self.execution, context_pre_only=True, name="last_block")(
+            (x, y), None, *shared
+        )
 
         shift, scale = Modulation(c.width, 2, dtype, name="norm_out")(condition, slots.latents)
         x = _modulate(LayerNorm(affine=False)(x), shift, scale)
@@ -124,7 +126,8 @@ class JointBlock(nn.Module):
     def _qkv(self, x: jax.Array, stream: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         q, k, v = (
-            split_heads(Dense(c.width, ("embed", "heads"), True, dtype, name=f"{stream}_{name}")(x), c.heads) for name in "qkv"
+            split_heads(Dense(c.width, ("embed", "heads"), True, dtype, name=f"{stream}_{name}")(x), c.heads)
+            for name in "qkv"
         )
         q = RMSNorm(gain=c.query_gain, name=f"{stream}_q_norm")(q)
         return q, RMSNorm(name=f"{stream}_k_norm")(k), v
@@ -140,7 +143,7 @@ class JointBlock(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN-zero: `parts` vectors for every token, from the condition `[B, T, D]` of its slot. Each is `[B, 1 or L, D]`."""
+    """adaLN-zero: `parts` vectors `[B, 1 or L, D]` for every token, from the condition `[B, T, D]` of its slot."""
 
     width: int
     parts: int
@@ -148,9 +151,11 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, condition: jax.Array, slots: jax.Array) -> list[jax.Array]:
-        table = Dense(self.parts * self.width, ("embed", "mlp"), True, self.dtype, _ZEROS, name="dense")(jax.nn.silu(condition))
-        if table.shape[1] > 1:
-            table = gather_tokens(table, slots)
+        table = Dense(self.parts * self.width, ("embed", "mlp"), True, self.dtype, _ZEROS, name="dense")(
+            jax.nn.silu(condition)
+        )
+        if table.shape[1] > 1:  # a masked sum, not a gather, whose gradient would be a slow scatter
+            table = sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
         return jnp.split(table, self.parts, axis=-1)
 
 
@@ -186,4 +191,3 @@ def sincos_table(size: int, width: int, meta: TokenMeta) -> jax.Array:
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
-

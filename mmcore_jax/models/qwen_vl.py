@@ -1,8 +1,8 @@
 """Qwen2.5-VL (transformers `modeling_qwen2_5_vl.py`): vision tower, merger and decoder, on packed rows.
 
-B rows, L VLM tokens, S vision patches, M = S / merge^2 merged patches, D width, H heads, K key/value heads, P values in a
-patch. Patches arrive in merge order (the merge^2 patches of one merged token are neighbours); windows are metadata, so no
-token is permuted.
+B rows, L VLM tokens, S vision patches, M = S / merge^2 merged patches, D width, H heads, K key/value heads, P values in
+a patch. Patches arrive in merge order (the merge^2 patches of one merged token are neighbours); windows are metadata,
+so no token is permuted.
 """
 
 import flax.linen as nn
@@ -39,7 +39,13 @@ class QwenVLModel(nn.Module):
             self.head = self.param("head", parameter(_INIT, "embed", "vocab"), (c.width, c.vocab_size))
 
     def embed(
-        self, tokens: jax.Array, meta: TokenMeta, source: jax.Array, patches: jax.Array, patch_meta: TokenMeta, queries: jax.Array
+        self,
+        tokens: jax.Array,
+        meta: TokenMeta,
+        source: jax.Array,
+        patches: jax.Array,
+        patch_meta: TokenMeta,
+        queries: jax.Array,
     ) -> jax.Array:
         """Returns input embeddings `[B, L, D]`.
 
@@ -105,7 +111,9 @@ class DecoderBlock(nn.Module):
         x = x + dense(c.width, ("heads", "embed"), False, "out")(merge_heads(y))
 
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        y = jax.nn.silu(dense(c.mlp_width, ("embed", "mlp"), False, "gate")(y)) * dense(c.mlp_width, ("embed", "mlp"), False, "up")(y)
+        y = jax.nn.silu(dense(c.mlp_width, ("embed", "mlp"), False, "gate")(y)) * dense(
+            c.mlp_width, ("embed", "mlp"), False, "up"
+        )(y)
         y = constrain(y, "batch", "length", "activation_mlp")
         x = x + dense(c.width, ("mlp", "embed"), False, "down")(y)
         return constrain(x, "batch", "length", None), None
@@ -123,7 +131,9 @@ class VisionTower(nn.Module):
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         pixels = patches.astype(jnp.float32).reshape(*patches.shape[:2], -1, 3) / 255.0
         pixels = ((pixels - IMAGE_MEAN) / IMAGE_STD).reshape(patches.shape)
-        x = Dense(c.width, (None, "embed"), False, dtype, name="patch_embed")(jnp.concatenate([pixels] * TEMPORAL_PATCH, -1))
+        x = Dense(c.width, (None, "embed"), False, dtype, name="patch_embed")(
+            jnp.concatenate([pixels] * TEMPORAL_PATCH, -1)
+        )
         code = rotary.grid(meta.row, meta.col, c.width // c.heads)
         full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
         x = stack(VisionBlock, c.depth, self.execution, "blocks", config=c)(x, full, meta, code)
@@ -144,9 +154,8 @@ class VisionBlock(nn.Module):
             return Dense(features, names, True, dtype, _INIT, name=name)
 
         def rule(q: TokenMeta, k: TokenMeta) -> jax.Array:
-            size = c.window_size // c.patch_size
-            same_window = (q.row // size == k.row // size) & (q.col // size == k.col // size)
-            return masks.same_frame(q, k) & (full | same_window)
+            same_window = masks.same_window(c.window_size // c.patch_size)
+            return masks.same_frame(q, k) & (full | same_window(q, k))
 
         y = RMSNorm(name="attention_norm")(x)
         q, k, v = (split_heads(dense(c.width, ("embed", "heads"), name)(y), c.heads) for name in "qkv")

@@ -99,7 +99,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, layer: None, meta: TokenMeta) -> tuple[jax.Array, None]:
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         y = LayerNorm(self.eps, name="attention_norm")(x)
-        q, k, v = (split_heads(Dense(c.width, ("embed", "heads"), True, dtype, name=name)(y), c.heads) for name in "qkv")
+        q, k, v = (
+            split_heads(Dense(c.width, ("embed", "heads"), True, dtype, name=name)(y), c.heads) for name in "qkv"
+        )
         y = attention(q, k, v, meta, meta, masks.same_document, self.execution.attention)
         x = x + Dense(c.width, ("heads", "embed"), True, dtype, name="out")(merge_heads(y))
         x = x + Mlp(c, self.execution, name="mlp")(LayerNorm(self.eps, name="mlp_norm")(x))

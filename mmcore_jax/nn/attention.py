@@ -1,7 +1,7 @@
 """Attention under a rule. B rows, L queries, S keys, H heads, K key/value heads, C channels per head.
 
-`dense` is the oracle that tests compare with. `blockwise` evaluates the rule one block of queries at a time and recomputes
-scores in the backward pass, so that memory is linear in the length.
+`dense` is the oracle that tests compare with. `blockwise` evaluates the rule one block of queries at a time and
+recomputes scores in the backward pass, so that memory is linear in the length.
 """
 
 import jax

@@ -64,11 +64,20 @@ def same_frame(q: TokenMeta, k: TokenMeta) -> jax.Array:
     return same_document(q, k) & (q.frame == k.frame)
 
 
+def same_window(size: int) -> Rule:
+    """The rule for windows of `size` by `size` patches: one window of one image."""
+
+    def rule(q: TokenMeta, k: TokenMeta) -> jax.Array:
+        return same_frame(q, k) & (q.row // size == k.row // size) & (q.col // size == k.col // size)
+
+    return rule
+
+
 def block_causal(q: TokenMeta, k: TokenMeta) -> jax.Array:
     """The diffusion rule for teacher forcing over interleaved images.
 
-    NOISED, TEXT and VISUAL of frame i see each other and CLEAN of frames before i; CLEAN of frame j sees CLEAN of frames
-    up to j. Nothing sees TEXT or VISUAL of another frame.
+    NOISED, TEXT and VISUAL of frame i see each other and CLEAN of frames before i; CLEAN of frame j sees CLEAN of
+    frames up to j. Nothing sees TEXT or VISUAL of another frame.
     """
     generating = (q.kind != CLEAN) & (
         ((k.kind != CLEAN) & (k.frame == q.frame)) | ((k.kind == CLEAN) & (k.frame < q.frame))

@@ -18,7 +18,7 @@ _POLICIES = {
 
 
 def stack(block: type[nn.Module], depth: int, execution: Execution, name: str, **fields: Any) -> Callable[..., Any]:
-    """Returns a callable `(carry, layers, *shared) -> carry` that applies `depth` copies of `block(execution=..., **fields)`.
+    """Returns `(carry, layers, *shared) -> carry`, which applies `depth` copies of `block(execution=..., **fields)`.
 
     Args:
       block: its signature is `(carry, layer, *shared) -> (carry, None)`. `layer` is its slice of `layers`, a tree of

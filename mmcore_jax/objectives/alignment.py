@@ -30,7 +30,7 @@ def loss(
 
 
 def measure(model: MMCORE, params: Params, batches: Sequence, mesh: Mesh) -> dict[str, jax.Array]:
-    """The mean of the target embeddings over the generated images of the first batches, `{"target_mean": [N, D_visual]}`."""
+    """The mean target embedding over the generated images of the first batches, `{"target_mean": [N, D_visual]}`."""
 
     def add(total: tuple, params: Params, batch: Interleaved) -> tuple:
         targets = model.apply({"params": params}, batch.images.pixels, method="target_embeddings")

@@ -16,7 +16,7 @@ def count(batch: Pairs) -> jax.Array:
 def loss(
     forward: Forward, settings: config_lib.SigmoidContrastive, keys: jax.Array, step: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, dict]:
-    """Every image is told apart from every other text of the (accumulation) batch; pairs with equal text count as positive."""
+    """Every image is told apart from every other text of the (accumulation) batch; equal texts count as positive."""
     _, _, logits = forward.model.contrast(forward.batch)
     ids = forward.batch.ids
     positive = (ids[:, None] == ids[None]).all(-1)

@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: written asynchronously, complete enough that a resumed run cannot be told from another.
 
-A checkpoint holds what trains, the optimizer's state, the EMA, the statistics of the data and a JSON record: step (which is
-the whole data position), config, and for each frozen part where it came from and its fingerprint. Frozen parameters
-themselves are not written.
+A checkpoint holds what trains, the optimizer's state, the EMA, the statistics of the data and a JSON record: step
+(which is the whole data position), config, and for each frozen part where it came from and its fingerprint. Frozen
+parameters themselves are not written.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: Config) -> None:
         self._config = config
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.checkpoint.keep, keep_period=config.checkpoint.keep_period or None, enable_async_checkpointing=True
+            max_to_keep=config.checkpoint.keep,
+            keep_period=config.checkpoint.keep_period or None,
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
@@ -48,12 +50,18 @@ class Checkpoints:
         record = {
             "step": step,
             "config": dataclasses.asdict(self._config),
+            "statistics": {name: list(value.shape) for name, value in constants.statistics.items()},
             "frozen": {
                 part: {"source": self._config.init[part], "fingerprint": value}
                 for part, value in fingerprints(constants.frozen).items()
             },
         }
-        items = {"params": state.params, "opt_state": state.opt_state, "statistics": constants.statistics, "ema": state.ema}
+        items = {
+            "params": state.params,
+            "opt_state": state.opt_state,
+            "statistics": constants.statistics,
+            "ema": state.ema,
+        }
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
 
@@ -66,20 +74,25 @@ class Checkpoints:
         step = self.latest_step
         items = {"params": abstract.params, "opt_state": abstract.opt_state, "ema": abstract.ema}
         arrays = {name: ocp.args.StandardRestore(tree) for name, tree in items.items() if tree}
-        present = self._manager.item_metadata(step)
-        if "statistics" in present:
-            arrays["statistics"] = ocp.args.StandardRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **arrays))
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        whole = abstract.step.sharding
+        statistics = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+            for name, shape in record["statistics"].items()
+        }
+        if statistics:
+            arrays["statistics"] = ocp.args.StandardRestore(statistics)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arrays))
         for part, value in fingerprints(frozen).items():
-            known = restored["record"]["frozen"].get(part)
+            known = record["frozen"].get(part)
             if known is None or known["fingerprint"] != value:
                 raise UserError(
-                    f"the frozen part {part!r} from {self._config.init[part]} is not the one that this run was trained with: "
-                    "restore the original, or start anew with another --workdir."
+                    f"the frozen part {part!r} from {self._config.init[part]} is not the one that this run was trained "
+                    "with: restore the original, or start anew with another --workdir."
                 )
-        placed = jax.device_put(np.int32(step), abstract.step.sharding)
-        state = State(placed, restored["params"], restored["opt_state"], restored["ema"] if abstract.ema else {})
-        return state, Constants(frozen, _replicate(restored.get("statistics") or {}, abstract.step.sharding))
+        ema = restored["ema"] if abstract.ema else {}
+        state = State(jax.device_put(np.int32(step), whole), restored["params"], restored["opt_state"], ema)
+        return state, Constants(frozen, restored["statistics"] if statistics else {})
 
     def wait(self) -> None:
         """Blocks until everything is on disk."""
@@ -117,7 +130,7 @@ def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
     params: Flat = {}
     for part in sorted({path.split("/")[0] for path in plan.shapes}):
         params |= load_weights(str(workdir), part, plan, str(workdir))
-    return config, model, join(params, Constants({}, _load_statistics(workdir)))
+    return config, model, join(params, Constants({}, _load_statistics(workdir, sharding.replicated(mesh))))
 
 
 def load_weights(source: str, part: str, plan: Plan, wanted_by: str) -> Flat:
@@ -131,33 +144,50 @@ def load_weights(source: str, part: str, plan: Plan, wanted_by: str) -> Flat:
     workdir = pathlib.Path(source)
     command = _command_for(workdir)
     if not (workdir / "config.json").is_file():
-        raise UserError(f"{wanted_by} needs the part {part!r} from {source}, which does not exist: make it with {command}")
+        raise UserError(
+            f"{wanted_by} needs the part {part!r} from {source}, which does not exist: make it with {command}"
+        )
     config = config_lib.from_json(workdir / "config.json")
-    newest = _newest(workdir)
-    if newest is None or int(newest.name) < config.total_steps:
-        reached = newest.name if newest else 0
-        raise UserError(f"{source} has reached step {reached} of {config.total_steps}: finish it with {command}")
-    root = newest / ("ema" if config.optimizer.ema_decay else "params")
-    checkpointer = ocp.PyTreeCheckpointer()
-    available = checkpointer.metadata(root).item_metadata.tree
-    paths = [path for path in plan.shapes if path.split("/")[0] == part]
+    manager = _reader(workdir)
+    step = manager.latest_step() or 0
+    if step < config.total_steps:
+        raise UserError(f"{source} has reached step {step} of {config.total_steps}: finish it with {command}")
+    item = "ema" if config.optimizer.ema_decay else "params"
+    available = manager.item_metadata(step)[item].tree
     if not any(path.split("/")[0] == part for path in available):
         if config.init.get(part, RANDOM) == RANDOM:
             raise UserError(f"{source} has no part {part!r}, which {wanted_by} asks it for.")
         return load_weights(config.init[part], part, plan, wanted_by)
-    for path in paths:
+    wanted = {}
+    for path, expected in plan.shapes.items():
+        if path.split("/")[0] != part:
+            continue
         shape = tuple(available[path].shape) if path in available else None
-        if shape != plan.shapes[path].shape:
-            raise UserError(f"{source} has {path!r} of shape {shape}, but {wanted_by} expects {plan.shapes[path].shape}.")
-    wanted = {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=plan.shardings[path]) for path in paths for s in [plan.shapes[path]]}
-    return checkpointer.restore(
-        root, ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
-    )
+        if shape != expected.shape:
+            raise UserError(f"{source} has {path!r} of shape {shape}, but {wanted_by} expects {expected.shape}.")
+        wanted[path] = jax.ShapeDtypeStruct(expected.shape, expected.dtype, sharding=plan.shardings[path])
+    restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
 
 
-def _load_statistics(workdir: pathlib.Path) -> Flat:
-    root = _newest(workdir) / "statistics"
-    return ocp.PyTreeCheckpointer().restore(root) if root.exists() else {}
+def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    """Opens another run's checkpoints."""
+    trees = ("params", "ema", "opt_state", "statistics")
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees} | {"record": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
+
+
+def _load_statistics(workdir: pathlib.Path, where: jax.sharding.Sharding) -> Flat:
+    """The statistics of the data in a finished run's newest checkpoint."""
+    manager = _reader(workdir)
+    step = manager.latest_step()
+    found = manager.item_metadata(step)
+    if "statistics" not in found.keys():  # noqa: SIM118, not a dict
+        return {}
+    leaves = found["statistics"].tree.items()
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in leaves}
+    restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    return manager.restore(step, args=ocp.args.Composite(statistics=restore))["statistics"]
 
 
 def fingerprints(params: Flat) -> dict[str, str]:
@@ -183,17 +213,6 @@ def _checksums(params: Flat) -> dict[str, jax.Array]:
         return jnp.sum(bits * (2 * weights * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
 
     return jax.tree.map(checksum, params)
-
-
-def _replicate(tree: Any, where: jax.sharding.Sharding) -> Any:
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), where), tree)
-
-
-def _newest(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The directory of the newest finished checkpoint."""
-    root = (workdir / "checkpoints").absolute()
-    step = ocp.CheckpointManager(root).latest_step() if root.is_dir() else None
-    return None if step is None else root / str(step)
 
 
 def _command_for(workdir: pathlib.Path) -> str:

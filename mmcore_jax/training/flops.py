@@ -177,8 +177,8 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
     vision = model.vlm.vision
     full = len(set(vision.full_attention_blocks) & set(range(vision.depth)))
     yield "vlm/vision", _scores(vision.width, full, attention_pairs(patches, patches, masks.same_frame))
-    windows = _window_rule(vision.window_size // vision.patch_size)
-    yield "vlm/vision", _scores(vision.width, vision.depth - full, attention_pairs(patches, patches, windows))
+    window = masks.same_window(vision.window_size // vision.patch_size)
+    yield "vlm/vision", _scores(vision.width, vision.depth - full, attention_pairs(patches, patches, window))
 
     if active.alignment:
         target = model.vision_target.vision
@@ -221,12 +221,3 @@ def _used(meta: TokenMeta) -> int:
 
 def _patches(vision: SiglipVision) -> int:
     return (vision.image_size // vision.patch_size) ** 2
-
-
-def _window_rule(size: int) -> Rule:
-    """The rule of the vision tower's windowed blocks; `size` is in patches."""
-
-    def rule(q: TokenMeta, k: TokenMeta) -> np.ndarray:
-        return masks.same_frame(q, k) & (q.row // size == k.row // size) & (q.col // size == k.col // size)
-
-    return rule

@@ -1,7 +1,7 @@
 """What trains, and how: the stage table and the optax multi-optimizer.
 
-Parameters are a flat dict from path ("dit/blocks/x_q/kernel") to array. The table of `config.tuning` is read from the top,
-the first pattern that matches a whole path wins; only the trainable subtree ever meets the optimizer.
+Parameters are a flat dict from path ("dit/blocks/x_q/kernel") to array. The table of `config.tuning` is read from the
+top, the first pattern that matches a whole path wins; only the trainable subtree ever meets the optimizer.
 """
 
 import re
@@ -29,7 +29,9 @@ def assign(paths: list[str], table: tuple[Tuning, ...]) -> dict[str, Tuning]:
         assigned[path] = line
     for line in table:
         if line not in assigned.values():
-            raise UserError(f"config.tuning: the pattern {line.pattern!r} decides for no parameter: correct it or take it out.")
+            raise UserError(
+                f"config.tuning: the pattern {line.pattern!r} decides for no parameter: correct it or take it out."
+            )
     return assigned
 
 

@@ -1,7 +1,7 @@
 """The state of a run: what trains and what does not, apart from each other.
 
-`State` is donated to each step and written to checkpoints. `Constants` are neither: frozen parameters, in the dtype that
-`config.execution` names, and statistics of the data (which are small, and checkpointed).
+`State` is donated to each step and written to checkpoints. `Constants` are neither: frozen parameters, in the dtype
+that `config.execution` names, and statistics of the data (which are small, and checkpointed).
 """
 
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ def abstract_state(config: Config, plan: Plan, mesh: Mesh) -> State:
 
 
 def create_state(config: Config, plan: Plan, mesh: Mesh, params: Flat) -> State:
-    """The state at step 0, of the trainable ones among `params`. It owns its arrays, since it is donated to the steps."""
+    """The state at step 0, of the trainable ones among `params`. It owns its arrays, since steps donate it."""
     params = {path: params[path] for path in plan.trainable}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, plan, mesh))
 

@@ -17,7 +17,7 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(config: Config, model: MMCORE, plan: Plan) -> Callable[[State, Constants, Any], tuple[State, Metrics]]:
-    """Returns the pure function `(state, constants, batch) -> (state, metrics)` that `train` jits and `plan` compiles."""
+    """Returns the pure function `(state, constants, batch) -> (state, metrics)`, which `train` jits."""
     active = {name: settings for name in OBJECTIVES if (settings := getattr(config.objectives, name)) is not None}
     accumulation = config.optimizer.accumulation
 
@@ -57,9 +57,11 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _accumulate(gradients: Callable, batch: Any, parts: int) -> tuple[Flat, Metrics]:
-    """Sums gradients and metrics over `parts` parts of the batch; each takes every `parts`-th row, so shards stay put."""
+    """Sums gradients and metrics over `parts` parts of the batch; each takes every `parts`-th row: shards stay put."""
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split)))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split))
+    )
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradients(part)), None

@@ -20,7 +20,12 @@ class Telemetry:
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, write_to_disk=True)
         self._bar = tqdm(
-            total=total_steps, initial=first_step, desc=title, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=total_steps,
+            initial=first_step,
+            desc=title,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
         )
         self._title, self._total = title, total_steps
         self._last = (time.perf_counter(), first_step)

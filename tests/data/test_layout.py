@@ -41,9 +41,13 @@ def test_tokens_are_the_chat_format():
 
 
 @pytest.mark.parametrize(
-    "segments, expected, learned",
+    ("segments", "expected", "learned"),
     [
-        (["q", ("assistant", "a"), "r", ("assistant", "b")], "{user}q{close}{assistant}a{close}{user}r{close}{assistant}b\x02", "a\x02b\x02"),
+        (
+            ["q", ("assistant", "a"), "r", ("assistant", "b")],
+            "{user}q{close}{assistant}a{close}{user}r{close}{assistant}b\x02",
+            "a\x02b\x02",
+        ),
         ([("assistant", "a"), ("assistant", "b")], "{assistant}ab\x02", "ab\x02"),
         ([("assistant", "a"), -1], "{assistant}a{image}", "a"),
         (["q", -1, ("assistant", "a"), "r"], "{user}q{close}{assistant}{image}{image}a{close}{user}r", "a\x02"),
@@ -159,7 +163,8 @@ def test_visual_tokens_stand_on_the_image_grid():
 
 def test_captions_have_no_diffusion_tokens():
     row = rows.pack(document("caption", 1, ("assistant", "a cat")))
-    assert not row.diffusion.context_meta.kind.any() and not row.diffusion.latent_meta.kind.any()
+    assert not row.diffusion.context_meta.kind.any()
+    assert not row.diffusion.latent_meta.kind.any()
     assert not row.images.generated.any()
 
 
@@ -170,7 +175,8 @@ def test_what_is_unused_is_empty():
     assert (row.patches.meta.kind[0] != PAD).sum() == used.vision_patches == 0
     assert (row.diffusion.context_meta.kind[0] != PAD).sum() == used.context_tokens == 7
     assert (row.diffusion.latent_meta.kind[0] != PAD).sum() == used.latent_tokens == 4
-    assert not row.tokens.ids[0, used.vlm_tokens :].any() and (row.tokens.targets[0] == -1).all()
+    assert not row.tokens.ids[0, used.vlm_tokens :].any()
+    assert (row.tokens.targets[0] == -1).all()
     for meta in (row.tokens.meta, row.patches.meta, row.diffusion.context_meta, row.diffusion.latent_meta):
         np.testing.assert_array_equal(meta.index[0], np.arange(meta.index.shape[1]))
 
@@ -184,7 +190,9 @@ def test_lengths_are_what_is_written():
 
 
 def test_shapes_do_not_depend_on_what_is_in_them():
-    shapes = [jax.tree.map(np.shape, rows.pack(*examples)) for examples in ((rows.DRAWING,), (rows.INTERLEAVED, rows.DRAWING))]
+    shapes = [
+        jax.tree.map(np.shape, rows.pack(*examples)) for examples in ((rows.DRAWING,), (rows.INTERLEAVED, rows.DRAWING))
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -219,7 +227,8 @@ def test_plan_is_a_function_of_its_seed():
 
 def test_pairs():
     image, tokens = layout.make_pair(document("pair", 1, "abcdef"), CHAT.tokenizer, 4)
-    assert image == rows.png(1) and CHAT.tokenizer.decode(tokens) == "abcd"
+    assert image == rows.png(1)
+    assert CHAT.tokenizer.decode(tokens) == "abcd"
     batch = layout.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens)], 6, 4)
     np.testing.assert_array_equal(batch.row, [6, 7])
     np.testing.assert_array_equal(batch.valid, [[True, True, False, False], [True] * 4])

@@ -40,7 +40,8 @@ def test_every_epoch_gives_each_example_once():
     assert all(sorted(window) == [(0, i) for i in range(10)] for window in windows)
     assert len({tuple(window) for window in windows}) == 7  # another order every epoch
     counts = collections.Counter(stream[:49])
-    assert set(counts) == set(range(7)) and max(counts.values()) - min(counts.values()) <= 2
+    assert set(counts) == set(range(7))
+    assert max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_any_window_is_reached_without_those_before():

@@ -1,7 +1,7 @@
 """Published checkpoints and ours: one table a family, of (their name, our path, transform), used in both directions.
 
-`{}` in a name counts the layers that our stack keeps on a leading axis. Several of our paths beside one of their names mean
-that theirs is the concatenation along the output axis.
+`{}` in a name counts the layers that our stack keeps on a leading axis. Several of our paths beside one of their names
+mean that theirs is the concatenation along the output axis.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ import numpy as np
 from mmcore_jax.config import MMDiT, QwenVL, Siglip
 from mmcore_jax.models.qwen_vl import TEMPORAL_PATCH
 
-# --- Transforms --------------------------------------------------------------------------------------------------------
+# --- Transforms ------------------------------------------------------------------------------------------------------
 
 
 class Transform(NamedTuple):
@@ -50,7 +50,7 @@ def video_patch_kernel(size: int, channels: int) -> Transform:
     )
 
 
-# --- Tables ------------------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -128,7 +128,9 @@ def siglip(c: Siglip) -> list[Entry]:
 
     def entries() -> Iterator[Entry]:
         embeddings = "vision_model.embeddings"
-        yield Entry(f"{embeddings}.patch_embedding.weight", ("vision/patch_embed/kernel",), patch_kernel(c.vision.patch_size, 3))
+        yield Entry(
+            f"{embeddings}.patch_embedding.weight", ("vision/patch_embed/kernel",), patch_kernel(c.vision.patch_size, 3)
+        )
         yield Entry(f"{embeddings}.patch_embedding.bias", ("vision/patch_embed/bias",), SAME)
         yield Entry(f"{embeddings}.position_embedding.weight", ("vision/positions",), SAME)
         yield from tower("vision_model", "vision", c.vision.depth)
@@ -158,9 +160,11 @@ MMDIT_COMPUTED = ("pos_embed.pos_embed",)
 
 
 def mmdit(c: MMDiT) -> list[Entry]:
-    """SD3, by the names of diffusers. Its `AdaLayerNormContinuous` has scale before shift; everything else the reverse."""
+    """SD3, by the names of diffusers. Its `AdaLayerNormContinuous` has scale before shift; all else the reverse."""
     streams = {
-        "x": dict(norm="norm1", q="to_q", k="to_k", v="to_v", out="to_out.0", norm_q="norm_q", norm_k="norm_k", mlp="ff"),
+        "x": dict(
+            norm="norm1", q="to_q", k="to_k", v="to_v", out="to_out.0", norm_q="norm_q", norm_k="norm_k", mlp="ff"
+        ),
         "y": dict(
             norm="norm1_context",
             q="add_q_proj",
@@ -177,7 +181,9 @@ def mmdit(c: MMDiT) -> list[Entry]:
         for stream, names in streams.items():
             last = context_pre_only and stream == "y"
             modulation = _swapped_linear if last else _linear
-            yield from modulation(f"{theirs}.{names['norm']}.linear", f"{ours}/{stream}_modulation/dense", layers=layers)
+            yield from modulation(
+                f"{theirs}.{names['norm']}.linear", f"{ours}/{stream}_modulation/dense", layers=layers
+            )
             for name in "qkv":
                 yield from _linear(f"{theirs}.attn.{names[name]}", f"{ours}/{stream}_{name}", layers=layers)
             for name in "qk":
@@ -208,11 +214,15 @@ def _swapped_linear(theirs: str, ours: str, layers: int = 0) -> Iterator[Entry]:
     yield Entry(f"{theirs}.bias", (f"{ours}/bias",), SWAPPED, layers)
 
 
-# --- Both directions ---------------------------------------------------------------------------------------------------
+# --- Both directions -------------------------------------------------------------------------------------------------
 
 
 def load(table: list[Entry], state: Mapping[str, np.ndarray], like: Any) -> Any:
-    """Their state as a parameter tree of the structure and shapes of `like`; a name left over on either side is an error."""
+    """Their state as a parameter tree of the structure and shapes of `like`.
+
+    Raises:
+      ValueError: naming what is left over on either side, or has another shape.
+    """
     expected = flax.traverse_util.flatten_dict(like, sep="/")
     unread, tree = set(state), {}
     for entry in table:

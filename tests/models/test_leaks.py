@@ -85,7 +85,7 @@ def test_decoder(vlm):
 
 
 def test_images_reach_only_what_follows_them(vlm):
-    """A patch reaches every token of its own image, and what stands after: never an earlier token or another document."""
+    """A patch reaches every token of its image and what stands after, never an earlier token or another document."""
     meta, patch_meta = ROW.tokens.meta, ROW.patches.meta
 
     def may_see(q, patch):
@@ -97,7 +97,9 @@ def test_images_reach_only_what_follows_them(vlm):
     visible = visibility(may_see, meta, patch_meta)
     assert visible.any(axis=0).sum() == 3 * 16  # the input image, and two generated ones that something follows
     patches = ROW.patches.values[0].astype(jnp.float32)
-    assert leaks(lambda patches: vlm(100 * patches[None]), patches / 100, visible, np.asarray(meta.kind[0] != PAD)) == []
+    assert (
+        leaks(lambda patches: vlm(100 * patches[None]), patches / 100, visible, np.asarray(meta.kind[0] != PAD)) == []
+    )
 
 
 def found_in_mmdit(rule, execution):

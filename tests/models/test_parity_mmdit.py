@@ -82,7 +82,12 @@ def make_inputs(rows, cols, length):
     rng = np.random.default_rng(rows)
     images = rng.normal(size=(2, rows * CONFIG.patch_size, cols * CONFIG.patch_size, CONFIG.latent_channels))
     context, pooled = rng.normal(size=(2, length, CONFIG.context_width)), rng.normal(size=(2, CONFIG.pooled_width))
-    return images.astype(np.float32), context.astype(np.float32), np.array([0.97826, 0.1], np.float32), pooled.astype(np.float32)
+    return (
+        images.astype(np.float32),
+        context.astype(np.float32),
+        np.array([0.97826, 0.1], np.float32),
+        pooled.astype(np.float32),
+    )
 
 
 def load(model, state, inputs):
@@ -92,8 +97,13 @@ def load(model, state, inputs):
 
 
 @pytest.mark.parametrize(
-    "rows, cols, length, scan, implementation",
-    [(8, 8, 77, True, "dense"), (5, 7, 9, False, "blockwise"), (12, 3, 30, True, "blockwise"), (11, 6, 1, True, "dense")],
+    ("rows", "cols", "length", "scan", "implementation"),
+    [
+        (8, 8, 77, True, "dense"),
+        (5, 7, 9, False, "blockwise"),
+        (12, 3, 30, True, "blockwise"),
+        (11, 6, 1, True, "dense"),
+    ],
 )
 def test_velocity(published, rows, cols, length, scan, implementation, monkeypatch, record_property):
     monkeypatch.setattr(attention_lib, "BLOCK", 32)
@@ -119,7 +129,7 @@ def test_velocity(published, rows, cols, length, scan, implementation, monkeypat
 
 
 def test_a_timestep_a_token(published):
-    """Slots: two timesteps in one row give each token what a row of its own timestep would, where attention is apart."""
+    """Slots: two timesteps in one row give each token what a row of its own timestep would."""
     _, state = published
     inputs = make_inputs(4, 4, 6)
     model = MMDiTModel(CONFIG, config.Execution("float32", "float32", "dense", True, "none"))

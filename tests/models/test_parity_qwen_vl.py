@@ -14,7 +14,6 @@ from mmcore_jax import config
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.nn import attention as attention_lib
-from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import IMAGE, PAD, TEXT, TokenMeta
 from tests.models import reference
 
@@ -25,7 +24,14 @@ IMAGE_ID, START_ID, END_ID = 290, 291, 292
 
 def make_config(tied):
     vision = config.QwenVision(
-        width=32, depth=3, heads=2, mlp_width=48, patch_size=PATCH, merge_size=MERGE, window_size=WINDOW, full_attention_blocks=(1,)
+        width=32,
+        depth=3,
+        heads=2,
+        mlp_width=48,
+        patch_size=PATCH,
+        merge_size=MERGE,
+        window_size=WINDOW,
+        full_attention_blocks=(1,),
     )
     return config.QwenVL(
         width=64,
@@ -84,7 +90,10 @@ def make_reference(c):
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15 + ("norm" in name or "ln_q" in name))
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    state = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): state[name] for name in state}
+    state = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): state[name]
+        for name in state
+    }
     if c.tie_embeddings:
         del state["lm_head.weight"]
     return model, state
@@ -121,7 +130,7 @@ class Prompts:
     """Rows of text (lists of ids) and images, right-padded, in both forms."""
 
     def __init__(self, rows):
-        self.ids, kinds, documents, frames, source, values, patch_meta = [], [], [], [], [], [], []
+        self.ids, kinds, source, values, patch_meta = [], [], [], [], []
         self.positions, self.their_pixels, self.their_grids = [], [], []
         length = 0
         for row in rows:
@@ -140,7 +149,9 @@ class Prompts:
                 ids += [IMAGE_ID] * (height * width)
                 kind += [IMAGE] * (height * width)
                 position += [(at, at + i // width, at + i % width) for i in range(height * width)]
-                origin += list(range(sum(map(len, tiles)) // MERGE**2, (sum(map(len, tiles)) + len(patches)) // MERGE**2))
+                origin += list(
+                    range(sum(map(len, tiles)) // MERGE**2, (sum(map(len, tiles)) + len(patches)) // MERGE**2)
+                )
                 at += max(height, width)
                 tiles.append(patches)
                 meta += [(0, frame, IMAGE, r, c) for r, c in zip(patch_rows, patch_cols)]
@@ -163,7 +174,9 @@ class Prompts:
         self.source, self.positions = _pad(source, length), _pad(self.positions, length, (0, 0, 0))
         self.patches = np.stack([np.pad(x, ((0, patches - len(x)), (0, 0))) for x in values])
         fields = np.stack([np.pad(x, ((0, patches - len(x)), (0, 0))) for x in patch_meta])
-        self.patch_meta = TokenMeta(*np.moveaxis(fields, -1, 0), np.tile(np.arange(patches, dtype=np.int32), (len(rows), 1)))
+        self.patch_meta = TokenMeta(
+            *np.moveaxis(fields, -1, 0), np.tile(np.arange(patches, dtype=np.int32), (len(rows), 1))
+        )
 
 
 def _pad(rows, length, fill=0):
@@ -195,10 +208,16 @@ def text(seed, length):
 
 
 START, END = [START_ID], [END_ID]
-LONG = [  # 600 tokens and more, three images of different sizes: windows that do and do not divide them, and one that fits
-    [*text(0, 20), *START], picture(1, 6, 10), [*END, *text(1, 300), *START], picture(2, 8, 4), [*END, *text(2, 250), *START],
-    picture(3, 2, 2), [*END, *text(3, 30)],
-]  # fmt: skip
+# 600 tokens and more; three images of different sizes: windows that divide them or not, and one inside a window.
+LONG = [
+    [*text(0, 20), *START],
+    picture(1, 6, 10),
+    [*END, *text(1, 300), *START],
+    picture(2, 8, 4),
+    [*END, *text(2, 250), *START],
+    picture(3, 2, 2),
+    [*END, *text(3, 30)],
+]
 SHORT = [[*text(4, 5), *START], picture(4, 4, 6), [*END, *text(5, 40)]]
 PLAIN = [text(6, 77)]
 
@@ -208,7 +227,7 @@ def difference(ours, theirs, valid):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scan, implementation", [(True, "blockwise"), (False, "dense")])
+@pytest.mark.parametrize(("scan", "implementation"), [(True, "blockwise"), (False, "dense")])
 def test_prompts(tied, scan, implementation, monkeypatch, record_property):
     monkeypatch.setattr(attention_lib, "BLOCK", 64)
     c = make_config(tied)
@@ -243,7 +262,8 @@ def test_vision_tower(record_property):
     merged = prompts.patch_meta.kind[:, :: MERGE**2] == IMAGE
     found = float(np.abs(np.asarray(ours)[merged] - expected).max())
     record_property("max_difference", found)
-    assert expected.shape[0] == merged.sum() and found < TOLERANCE
+    assert expected.shape[0] == merged.sum()
+    assert found < TOLERANCE
 
     without_windows = qwen_vl.VisionTower(dataclasses.replace(c.vision, window_size=1024), c.width, tower.execution)
     other = jax.jit(without_windows.apply)({"params": params}, prompts.patches, prompts.patch_meta)
@@ -278,7 +298,7 @@ def test_round_trip_of_the_table():
     like = _unboxed(jax.eval_shape(lambda key: model.init(key, prompts, method=run_ours), jax.random.key(0)))["params"]
     table = reference.qwen_vl(c)
     chex.assert_trees_all_equal(reference.export(table, reference.load(table, state, like)), state)
-    with pytest.raises(ValueError, match="left over: theirs .'extra'"):
+    with pytest.raises(ValueError, match=r"left over: theirs .'extra'"):
         reference.load(table, state | {"extra": state["model.norm.weight"]}, like)
     with pytest.raises(ValueError, match="decoder/norm/scale"):
         reference.load([entry for entry in table if entry.theirs != "model.norm.weight"], state, like)

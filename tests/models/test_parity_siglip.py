@@ -81,7 +81,9 @@ def test_towers_and_logits(published, inputs, scan, record_property):
 
     with torch.no_grad():
         vision = theirs.vision_model(pixels(images))
-        pooled = [theirs.text_model(torch.from_numpy(row[:n][None]).long()).pooler_output for row, n in zip(ids, valid.sum(1))]
+        pooled = [
+            theirs.text_model(torch.from_numpy(row[:n][None]).long()).pooler_output for row, n in zip(ids, valid.sum(1))
+        ]
         unit_image = torch.nn.functional.normalize(vision.pooler_output)
         unit_text = torch.nn.functional.normalize(torch.cat(pooled))
         their_logits = unit_text @ unit_image.T * theirs.logit_scale.exp() + theirs.logit_bias
@@ -97,7 +99,9 @@ def test_whole_published_model(published, inputs):
     theirs, state = published
     images, ids, _ = inputs
     everything = np.ones(ids.shape, bool)
-    model, _, params = load(state, (images, ids, everything), config.Execution("float32", "float32", "blockwise", True, "none"))
+    model, _, params = load(
+        state, (images, ids, everything), config.Execution("float32", "float32", "blockwise", True, "none")
+    )
     *_, logits = jax.jit(model.apply)({"params": params}, images, ids, everything)
     with torch.no_grad():
         expected = theirs(input_ids=torch.from_numpy(ids).long(), pixel_values=pixels(images)).logits_per_text.numpy()
@@ -118,4 +122,6 @@ def test_tables(published, inputs):
     chex.assert_trees_all_equal(reference.export(reference.siglip(CONFIG), params), state)
     vision_only = reference.siglip(dataclasses.replace(CONFIG, text=None))
     vision_state = {name: x for name, x in state.items() if name.startswith("vision_model")}
-    chex.assert_trees_all_equal(reference.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"])
+    chex.assert_trees_all_equal(
+        reference.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"]
+    )

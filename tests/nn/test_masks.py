@@ -34,7 +34,7 @@ def test_block_causal():
 
 
 @pytest.mark.parametrize(
-    "query, key, visible",
+    ("query", "key", "visible"),
     [
         ((0, 1, NOISED), (0, 1, NOISED), True),
         ((0, 1, NOISED), (0, 1, TEXT), True),

@@ -50,7 +50,8 @@ def test_mrope_of_text_is_plain_rotary():
 def test_grid_halves():
     cos, _ = grid(3, 5)
     frequencies = 10_000.0 ** (-np.arange(4) / 4)
-    np.testing.assert_allclose(cos[0, 0], np.cos(np.tile(np.concatenate([3 * frequencies, 5 * frequencies]), 2)), atol=1e-6)
+    expected = np.cos(np.tile(np.concatenate([3 * frequencies, 5 * frequencies]), 2))
+    np.testing.assert_allclose(cos[0, 0], expected, atol=1e-6)
 
 
 def test_rotation_keeps_length_and_type():

@@ -106,7 +106,7 @@ class Case:
         return case
 
     def interleaved(self, config, padding):
-        sizes = layout.geometry(config.model, config.data.image_size)
+        sizes = layout.geometry(config.model, config.data)
         item = layout.make_item(document(), layout.ChatFormat(WordTokenizer()), sizes)
         budgets = config_lib.Budgets(*(length + padding for length in layout.lengths(item, sizes)))
         pixels = [np.zeros((32, 32, 3), np.uint8)] * 2

@@ -11,7 +11,13 @@ import pytest
 
 from tests import tiny
 
-MESHES = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "tensor": (4, 1, 1, 2), "mixed": (2, 2, 1, 2), "context": (2, 2, 2, 1)}
+MESHES = {
+    "data": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "tensor": (4, 1, 1, 2),
+    "mixed": (2, 2, 1, 2),
+    "context": (2, 2, 2, 1),
+}
 STEPS = 20
 
 
@@ -60,7 +66,8 @@ def _copies(leaf) -> int:
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_every_mesh_gives_the_same_curve(stage: str, tmp_path) -> None:
     tiny.write_dataset(tmp_path)
-    code = f"import json; from tests.training.test_mesh import curves; print(json.dumps(curves({stage!r}, {str(tmp_path)!r})))"
+    call = f"curves({stage!r}, {str(tmp_path)!r})"
+    code = f"import json; from tests.training.test_mesh import curves; print(json.dumps({call}))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     process = subprocess.run(
         [sys.executable, "-c", code],

@@ -35,10 +35,12 @@ def test_a_pattern_must_match_the_whole_path() -> None:
         optimizer.assign(PATHS, (Tuning("vlm"), Tuning("dit/.*")))
 
 
-@pytest.mark.parametrize("decay, last", [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
+@pytest.mark.parametrize(("decay", "last"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
 def test_schedule(tmp_path, decay: str, last: float) -> None:
     config = tiny.config("stage0", tmp_path)
-    settings = dataclasses.replace(config.optimizer, learning_rate=1.0, warmup_steps=4, decay=decay, flat=0.5, final=0.1)
+    settings = dataclasses.replace(
+        config.optimizer, learning_rate=1.0, warmup_steps=4, decay=decay, flat=0.5, final=0.1
+    )
     rate = optimizer.schedule(dataclasses.replace(config, optimizer=settings, total_steps=100))
     np.testing.assert_allclose([rate(step) for step in range(5)], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(rate(49), 1.0, rtol=1e-6)
@@ -46,7 +48,7 @@ def test_schedule(tmp_path, decay: str, last: float) -> None:
 
 
 def test_each_line_has_its_own_rate_and_decay(tmp_path) -> None:
-    """One step with equal gradients: Adam moves by the rate, decay falls on kernels only, frozen paths never come in."""
+    """One step with equal gradients: Adam moves by the rate, decay falls on kernels only, frozen paths stay out."""
     config = tiny.config("stage0", tmp_path, "--config.optimizer.weight_decay=0.5", "--config.optimizer.warmup_steps=0")
     table = (Tuning("vlm/.*", learning_rate=0.1, weight_decay=0.0), Tuning("dit/.*"))
     assigned = optimizer.assign(PATHS, table)

@@ -32,7 +32,8 @@ def start(stage: str, data: pathlib.Path, workdir: pathlib.Path) -> subprocess.P
 
 def logged(workdir: pathlib.Path) -> list[dict]:
     """The metrics that are a function of the run alone."""
-    return [{k: v for k, v in record.items() if k != "examples_per_second"} for record in read_metrics(workdir)]
+    measured = ("examples_per_second", "step_seconds")
+    return [{k: v for k, v in record.items() if k not in measured} for record in read_metrics(workdir)]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:

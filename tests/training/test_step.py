@@ -23,7 +23,10 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 def run(config: Config, steps: int):
-    """Trains a few steps on one device, from random parameters; returns (plan, params at the start, state, constants, losses)."""
+    """Trains a few steps on one device, from random parameters.
+
+    Returns (plan, params at the start, state, constants, losses).
+    """
     mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         batches, model = Batches(config), MMCORE(config.model, config.execution)
@@ -51,7 +54,7 @@ def frozen_part_problems(plan, params, state, constants, part: str) -> list[str]
     return problems
 
 
-@pytest.mark.parametrize("stage, part", [("stage1", "vision_target"), ("stage2", "vlm"), ("stage2", "connector")])
+@pytest.mark.parametrize(("stage", "part"), [("stage1", "vision_target"), ("stage2", "vlm"), ("stage2", "connector")])
 def test_frozen_parts_stay(data, stage: str, part: str) -> None:
     plan, params, state, constants, _ = run(tiny.config(stage, data), 3)
     assert not frozen_part_problems(plan, params, state, constants, part)
@@ -69,7 +72,7 @@ def test_accumulation_changes_nothing(data, stage: str) -> None:
     np.testing.assert_allclose(parts, whole, rtol=2e-5)
 
 
-@pytest.mark.parametrize("stage, bound", [("stage0", 0.8), ("stage1", 0.75), ("stage2", 0.75)])
+@pytest.mark.parametrize(("stage", "bound"), [("stage0", 0.8), ("stage1", 0.75), ("stage2", 0.75)])
 def test_learning(data, stage: str, bound: float) -> None:
     """The loss falls below a share of the initial one that needs the whole chain of gradients to work."""
     losses = run(tiny.config(stage, data, "--config.total_steps=60"), 60)[-1]
@@ -77,11 +80,15 @@ def test_learning(data, stage: str, bound: float) -> None:
 
 
 def test_scanned_and_unrolled_agree(data) -> None:
-    scanned, unrolled = (run(tiny.config("stage2", data, f"--config.execution.scan_layers={flag}"), 3)[-1] for flag in (True, False))
+    scanned, unrolled = (
+        run(tiny.config("stage2", data, f"--config.execution.scan_layers={flag}"), 3)[-1] for flag in (True, False)
+    )
     np.testing.assert_allclose(scanned, unrolled, rtol=1e-5)
 
 
 def test_blockwise_and_remat_agree(data) -> None:
     plain = run(tiny.config("stage2", data), 3)[-1]
-    other = run(tiny.config("stage2", data, "--config.execution.attention=blockwise", "--config.execution.remat=full"), 3)[-1]
+    other = run(
+        tiny.config("stage2", data, "--config.execution.attention=blockwise", "--config.execution.remat=full"), 3
+    )[-1]
     np.testing.assert_allclose(plain, other, rtol=1e-5)

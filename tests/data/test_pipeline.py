@@ -1,0 +1,198 @@
+"""Batches from shards: one order whatever the number of processes, any step without replay, bad records counted."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import pathlib
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mmcore_jax import config
+from mmcore_jax.config import UserError
+from mmcore_jax.data import example, text
+from mmcore_jax.data.pipeline import Batches
+from tests.rows import document, png
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS, BATCH = 12, 4
+WORDS = ["red", "green", "blue", "round", "square"]
+
+
+def drawings(count):
+    return [document(f"drawing-{i}", " ".join(WORDS[: 1 + i % 5]), -(1 + i)) for i in range(count)]
+
+
+def edits(count):
+    return [document(f"edit-{i}", 100 + i, "make it red", -(200 + i)) for i in range(count)]
+
+
+def write(path, records):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A directory of shards and a tokenizer."""
+    directory = tmp_path_factory.mktemp("data")
+    encoded = [example.encode(one) for one in drawings(13)]
+    write(directory / "drawings-00000-of-00002.array_record", encoded[:7])
+    write(directory / "drawings-00001-of-00002.array_record", encoded[7:])
+    write(directory / "edits-00000-of-00001.array_record", [example.encode(one) for one in edits(7)])
+    damaged = document("damaged", "red", -1)
+    damaged["segments"][1]["image"] = png(1)[:40]
+    endless = document("endless", "red " * 200, -1)
+    records = [*encoded[:8], b"\xc1", example.encode(damaged), example.encode(endless)]
+    write(directory / "partly-00000-of-00001.array_record", records)
+    text.train_tokenizer([" ".join(WORDS), "make it red", "user\n", "assistant\n"], 300, directory / "tokenizer")
+    return directory
+
+
+def make_config(data, layout="interleaved", limit=0.01, sources=("drawings", "edits"), window=10):
+    """The shipped recipe, on this data."""
+    shipped = config.load(str(ROOT / f"configs/{'stage0' if layout == 'pairs' else 'stage2'}.py"))
+    named = {
+        name: config.Source(str(data / f"{name}-*.array_record"), 3.0 if name == "drawings" else 1.0)
+        for name in sources
+    }
+    settings = dataclasses.replace(
+        shipped.data,
+        sources=named,
+        tokenizer=str(data / "tokenizer"),
+        image_size=8,
+        window=window,
+        bad_record_limit=limit,
+        budgets=config.Budgets(vlm_tokens=80, vision_patches=16, context_tokens=40, latent_tokens=24, images=4),
+    )
+    return dataclasses.replace(shipped, data=settings, total_steps=STEPS, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def expected(data):
+    batches = Batches(make_config(data))
+    return [batches[step] for step in range(STEPS)]
+
+
+def test_batches_have_rows_of_several_examples(expected):
+    for batch in expected:
+        assert batch.arrays.row.tolist() == list(range(BATCH))
+        assert len(batch.ids) == BATCH
+        documents = batch.arrays.tokens.meta.document.max(axis=1) + 1
+        np.testing.assert_array_equal(documents, [len(row) for row in batch.ids])
+    assert max(len(row) for batch in expected for row in batch.ids) > 1
+
+
+def test_pixels_are_those_of_the_ids(expected):
+    """What stands in a row is what its ids say."""
+    for row, names in enumerate(expected[0].ids):
+        slot = 0
+        for name in names:
+            kind, number = name.split("-")
+            seeds = [1 + int(number)] if kind == "drawing" else [100 + int(number), 200 + int(number)]
+            for seed in seeds:
+                image = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+                np.testing.assert_array_equal(expected[0].arrays.images.pixels[row, slot], image)
+                slot += 1
+
+
+def test_mixture_over_whole_windows(data):
+    """The stream gives the sources their shares, window by window, and every example once an epoch."""
+    batches = Batches(make_config(data, window=20))
+    stream = [name for window in range(13) for row in batches._rows_of_window(window) for name in row]
+    sources = [source for source, _ in stream]
+    assert (sources.count(0), sources.count(1)) == (195, 65)
+    drawn = [index for source, index in stream if source == 0]
+    assert sorted(drawn) == sorted(list(range(13)) * 15)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_order_does_not_depend_on_the_number_of_processes(data, expected, processes):
+    parts = [Batches(make_config(data), index, processes) for index in range(processes)]
+    for step in (0, 1, 5, STEPS - 1):
+        slices = [part[step] for part in parts]
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(one.arrays for one in slices))
+        chex.assert_trees_all_equal(joined, expected[step].arrays)
+        assert list(itertools.chain(*(one.ids for one in slices))) == expected[step].ids
+
+
+def test_any_step_without_replay(data, expected):
+    fresh = Batches(make_config(data))
+    for step in (9, 3, 11, 0):
+        batch = fresh[step]
+        chex.assert_trees_all_equal(batch.arrays, expected[step].arrays)
+        assert batch.ids == expected[step].ids
+
+
+def test_iterating_from_a_step(data, expected):
+    for first in (0, 7):
+        ids = [batch.ids for batch in Batches(make_config(data)).iterate(first)]
+        assert ids == [batch.ids for batch in expected[first:]]
+
+
+def test_threads_do_not_change_the_order(data, expected):
+    """Several threads that plan windows at once agree with one that does."""
+    batches = Batches(make_config(data))
+    plan = batches._rows_of_window
+
+    def slow(window):
+        time.sleep(0.01)
+        return plan(window)
+
+    batches._rows_of_window = slow
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        ids = [batch.ids for batch in threads.map(batches.__getitem__, range(STEPS))]
+    assert ids == [batch.ids for batch in expected]
+
+
+def test_seeds_differ(data, expected):
+    other = Batches(dataclasses.replace(make_config(data), seed=1))
+    assert [other[step].ids for step in range(3)] != [batch.ids for batch in expected[:3]]
+
+
+def test_bad_records_are_skipped_and_counted(data):
+    batches = Batches(make_config(data, limit=0.5, sources=("partly",)))
+    assert sum(batches.bad_records.values()) == 3
+    assert {source for source, _ in batches.bad_records} == {"partly"}
+    reasons = sorted(reason for _, reason in batches.bad_records)
+    assert "image does not decode" in reasons[1]
+    assert "not a msgpack record" in reasons[2]
+    assert reasons[0].endswith("vlm tokens exceed config.data.budgets.vlm_tokens 80")
+    seen = {name for step in range(STEPS) for row in batches[step].ids for name in row}
+    assert seen == {f"drawing-{i}" for i in range(8)}
+
+
+def test_too_many_bad_records_stop_the_run(data):
+    with pytest.raises(
+        UserError, match=r"'partly' has 3 bad records of 11, more than config.data.bad_record_limit 0.1 allows"
+    ):
+        Batches(make_config(data, limit=0.1, sources=("partly",)))
+
+
+def test_missing_data(data):
+    with pytest.raises(UserError, match="'nowhere' finds no shards at"):
+        Batches(make_config(data, sources=("nowhere",)))
+
+
+def test_a_missing_shard(data, tmp_path):
+    (tmp_path / "tokenizer").symlink_to(data / "tokenizer")
+    source = data / "drawings-00000-of-00002.array_record"
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match=r"lacks the shard .*drawings-00001-of-00002.array_record"):
+        Batches(make_config(tmp_path, sources=("drawings",)))
+
+
+def test_pairs(data):
+    settings = make_config(data, layout="pairs")
+    whole, parts = Batches(settings), [Batches(settings, index, 2) for index in range(2)]
+    for step in (0, 5):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part[step].arrays for part in parts))
+        chex.assert_trees_all_equal(joined, whole[step].arrays)
+        assert [len(row) for row in whole[step].ids] == [1] * BATCH
+    assert whole[0].arrays.valid.any(axis=1).all()
