@@ -16,13 +16,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image=5.0, edit_tone=1.0, edit_gender=0.5, edit_colour=0.5, compose=0.5, caption=0.5)
+    sources = dict(text_to_image=4.0, edit_tone=2.5, edit_gender=0.8, edit_colour=0.8, compose=0.3, caption=0.5)
     return ConfigDict(
         dict(
             stage="stage1",
             recipe="openmoji",
             seed=0,
-            total_steps=500,
+            total_steps=400,
             batch_size=32,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -45,7 +45,7 @@ def _openmoji() -> ConfigDict:
             ),
             objectives=dict(
                 sigmoid_contrastive=None,
-                next_token=dict(weight=0.1),
+                next_token=dict(weight=0.1, user_text=True),
                 alignment=dict(weight=1.0, center=True),
                 flow_matching=None,
             ),

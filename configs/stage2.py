@@ -22,7 +22,7 @@ def _openmoji() -> ConfigDict:
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=1450,
+            total_steps=1800,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -36,8 +36,8 @@ def _openmoji() -> ConfigDict:
                     patch_size=4,
                     latent_channels=3,
                     context_width=192,
-                    pooled_width=0,
-                    position="rotary",
+                    pooled_width=192,
+                    position="sincos+rotary",
                     position_grid=8,
                     query_gain=2.0,
                     prediction="x0",
@@ -67,11 +67,12 @@ def _openmoji() -> ConfigDict:
                 alignment=None,
                 flow_matching=dict(
                     weight=1.0,
+                    timestep_floor=0.3,
                     logit_mean=0.4,
                     logit_std=1.0,
                     shift=1.0,
                     dropout=dict(
-                        text=dict(start=0.4, end=0.1, steps=700), visual=dict(start=0.1, end=0.1, steps=1), joint=0.1
+                        text=dict(start=0.2, end=0.1, steps=700), visual=dict(start=0.1, end=0.1, steps=1), joint=0.1
                     ),
                 ),
             ),
@@ -91,8 +92,8 @@ def _openmoji() -> ConfigDict:
                 accumulation=1,
             ),
             sampling=dict(steps=20, text_scale=2.0, visual_scale=2.0, timestep_shift=1.0),
-            checkpoint=dict(every=250, keep=2, keep_period=0),
-            telemetry=dict(log_every=10, sample_every=500),
+            checkpoint=dict(every=300, keep=2, keep_period=0),
+            telemetry=dict(log_every=10, sample_every=900),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
         )

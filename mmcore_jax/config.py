@@ -123,7 +123,7 @@ class Connector:
 
 @dataclasses.dataclass(frozen=True)
 class MMDiT:
-    """The SD3 family. `position` is SD3's additive "sincos" table, or "rotary" over (row, column).
+    """The SD3 family. `position` is SD3's additive "sincos" table, "rotary" over (row, column), or both.
 
     `pooled_width` 0 means no pooled conditioning; `query_gain` is the initial scale of the query RMSNorm.
     """
@@ -135,7 +135,7 @@ class MMDiT:
     latent_channels: int
     context_width: int
     pooled_width: int
-    position: Literal["sincos", "rotary"]
+    position: Literal["sincos", "rotary", "sincos+rotary"]
     position_grid: int
     query_gain: float
     prediction: Literal["velocity", "x0"]
@@ -181,9 +181,10 @@ class SigmoidContrastive:
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Cross entropy on assistant text."""
+    """Cross entropy on assistant text; `user_text` adds the user's, for a VLM that has seen no text before."""
 
     weight: float
+    user_text: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +206,14 @@ class Dropout:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """Flow matching with logit-normal timesteps, shifted towards noise by `shift`."""
+    """Flow matching with logit-normal timesteps, shifted towards noise by `shift`.
+
+    Below `timestep_floor` the squared error of the velocity counts (t / floor)^2 only: a network that predicts x_0 has
+    one that grows as 1 / t^2. 0 is the plain loss.
+    """
 
     weight: float
+    timestep_floor: float
     logit_mean: float
     logit_std: float
     shift: float

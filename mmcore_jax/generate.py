@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.bridge.conditioning import Drop
+from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import layout
@@ -111,11 +111,12 @@ def _denoise(
     forward = Forward(model, params, batch)
     shape = batch.images.generated.shape
 
-    def context(drop_text: jax.Array, drop_visual: jax.Array) -> jax.Array:
+    def condition(drop_text: jax.Array, drop_visual: jax.Array) -> Condition:
         drop = Drop(jnp.full(shape, drop_text), jnp.full(shape, drop_visual))
         return forward.model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
 
-    contexts = jnp.stack([context(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)])
+    conditions = [condition(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)]
+    conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *conditions)
     clean = forward.model.latents(batch.images.pixels)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
@@ -123,7 +124,7 @@ def _denoise(
 
     def velocity(tokens: jax.Array, t: jax.Array) -> jax.Array:
         timesteps = jnp.full(shape, t)
-        velocities = jax.vmap(lambda context: forward.model.velocity(tokens, context, timesteps, batch))(contexts)
+        velocities = jax.vmap(lambda condition: forward.model.velocity(tokens, condition, timesteps, batch))(conditions)
         return is_noised * guidance.combine(velocities, branches.weight)
 
     tokens = forward.model.latent_tokens(clean, noise, batch)

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmcore_jax.bridge.conditioning import Drop, DualPathway
+from mmcore_jax.bridge.conditioning import Condition, Drop, DualPathway
 from mmcore_jax.bridge.connector import LinearConnector
 from mmcore_jax.bridge.queries import LearnableQueries
 from mmcore_jax.config import Execution, Model
@@ -51,7 +51,7 @@ class MMCORE(nn.Module):
             self.vision_target = SiglipModel(model.vision_target, run)
         if model.dit:
             self.autoencoder = PixelAutoencoder(model.autoencoder)
-            self.conditioning = DualPathway(model.dit.context_width, run)
+            self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run)
             self.dit = MMDiTModel(model.dit, run)
 
     def __call__(self, batch: Interleaved | Pairs) -> None:
@@ -66,9 +66,9 @@ class MMCORE(nn.Module):
             self.target_embeddings(batch.images.pixels)
         if self.config.dit:
             nothing = jnp.zeros(batch.images.generated.shape, bool)
-            context = self.condition(hidden, visual, batch, Drop(nothing, nothing))
+            condition = self.condition(hidden, visual, batch, Drop(nothing, nothing))
             clean = self.latents(batch.images.pixels)
-            self.velocity(self.latent_tokens(clean, clean, batch), context, jnp.zeros(nothing.shape), batch)
+            self.velocity(self.latent_tokens(clean, clean, batch), condition, jnp.zeros(nothing.shape), batch)
 
     # --- VLM: multimodal context and queries to hidden states --------------------------------------------------------
 
@@ -105,8 +105,8 @@ class MMCORE(nn.Module):
 
     # --- Diffusion: text and visual embeddings to velocities ---------------------------------------------------------
 
-    def condition(self, hidden_states: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> jax.Array:
-        """The context of the diffusion transformer `[B, C, context_width]`: each frame's text and visual embeddings."""
+    def condition(self, hidden_states: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> Condition:
+        """What the diffusion transformer is conditioned on: each frame's text and visual embeddings."""
         meta, source = batch.diffusion.context_meta, batch.diffusion.context_source
         is_visual = meta.kind == masks.VISUAL
         text = gather_tokens(hidden_states, jnp.where(is_visual, 0, source))
@@ -125,18 +125,21 @@ class MMCORE(nn.Module):
         both = both.reshape(both.shape[0], -1, both.shape[-1])
         return gather_tokens(both, source + jnp.where(meta.kind == masks.NOISED, both.shape[1] // 2, 0))
 
-    def velocity(self, tokens: jax.Array, context: jax.Array, t: jax.Array, batch: Interleaved) -> jax.Array:
+    def velocity(self, tokens: jax.Array, condition: Condition, t: jax.Array, batch: Interleaved) -> jax.Array:
         """The velocity of every latent token, float32 `[B, T, P]`.
 
         Args:
           tokens: `[B, T, P]`.
-          context: `[B, C, context_width]`.
-          t: `[B, I]`, timestep of each frame's noised copy; clean copies are at 0.
+          condition: of every frame.
+          t: `[B, I]`, timestep of each frame's noised copy; clean copies are at 0, and see no pooled condition.
         """
         part, meta = batch.diffusion, batch.diffusion.latent_meta
         timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
         slots = Slots(part.context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
-        prediction = self.dit(tokens, context, timesteps, slots, meta, part.context_meta, masks.block_causal)
+        pooled = None if condition.pooled is None else jnp.pad(condition.pooled, ((0, 0), (0, 1), (0, 0)))
+        prediction = self.dit(
+            tokens, condition.context, timesteps, slots, meta, part.context_meta, masks.block_causal, pooled
+        )
         t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
         return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)
 

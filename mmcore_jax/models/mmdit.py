@@ -59,17 +59,17 @@ class MMDiTModel(nn.Module):
           slots: timestep slot of each token.
           latent_meta, context_meta: metadata; rows and columns are relative to the image centre.
           rule: who may attend to whom.
-          pooled: `[B, pooled_width]`, if the network has pooled conditioning.
+          pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
         """
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
-        if c.position == "sincos":
+        if "sincos" in c.position:
             x = x + sincos_table(c.position_grid, c.width, latent_meta).astype(dtype)
         y = Dense(c.width, (None, "embed"), True, dtype, name="context_embed")(context)
         condition = self._condition(timesteps, pooled, dtype)
 
         meta = masks.concatenate(context_meta, latent_meta)
-        code = rotary.grid(meta.row, meta.col, c.width // c.heads) if c.position == "rotary" else None
+        code = rotary.grid(meta.row, meta.col, c.width // c.heads) if "rotary" in c.position else None
         x, y = constrain(x, "batch", "length", None), constrain(y, "batch", None, None)
         shared = (condition, slots, meta, code)
         fields = {"config": c, "rule": rule}
@@ -87,7 +87,7 @@ class MMDiTModel(nn.Module):
         width = self.config.width
         condition = Embedder(width, dtype, name="timestep_embed")(timestep_sinusoids(timesteps))
         if self.config.pooled_width:
-            condition = condition + Embedder(width, dtype, name="pooled_embed")(pooled)[:, None]
+            condition = condition + Embedder(width, dtype, name="pooled_embed")(pooled)
         return condition
 
 

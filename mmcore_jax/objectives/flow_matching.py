@@ -9,6 +9,7 @@ from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.diffusion import flow
 from mmcore_jax.mmcore import Forward
 from mmcore_jax.nn import masks
+from mmcore_jax.nn.layers import gather_tokens
 
 
 def count(batch: Interleaved) -> jax.Array:
@@ -26,6 +27,9 @@ def loss(
     t = flow.logit_normal_timesteps(normal, settings)
     draws = jax.vmap(lambda key: jax.random.uniform(key, (*shape, 3)))(dropout_keys)
     errors = squared_errors(forward, t, noise_keys, draw_dropout(settings.dropout, draws, step))
+    if settings.timestep_floor:
+        t_tokens = gather_tokens(t, forward.batch.diffusion.latent_meta.frame)
+        errors = errors * jnp.square(jnp.minimum(t_tokens / settings.timestep_floor, 1.0))
     return jnp.sum(errors) / count, {}
 
 
@@ -43,7 +47,7 @@ def squared_errors(forward: Forward, t: jax.Array, noise_keys: jax.Array, drop: 
     noised = flow.interpolate(clean, noise, t[..., None, None])
     target = model.latent_tokens(clean, flow.velocity_target(clean, noise), batch)
 
-    context = model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
-    velocity = model.velocity(model.latent_tokens(clean, noised, batch), context, t, batch)
+    condition = model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
+    velocity = model.velocity(model.latent_tokens(clean, noised, batch), condition, t, batch)
     is_noised = batch.diffusion.latent_meta.kind == masks.NOISED
     return is_noised * jnp.mean(jnp.square(velocity - target), axis=-1)

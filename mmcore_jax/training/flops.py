@@ -57,6 +57,8 @@ _KERNELS = (
     ("vision_target/text/.*", "vision_target", "target_tokens"),
     ("conditioning/text_.*", "conditioning", "context_text"),
     ("conditioning/visual_.*", "conditioning", "context_visual"),
+    ("conditioning/pooled_.*", "conditioning", "generated"),
+    ("dit/pooled_embed/.*", "dit", "generated"),
     ("dit/(timestep_embed|norm_out|.*/[xy]_modulation)/.*", "dit", "timesteps"),
     ("dit/(context_embed|.*/y_[a-z]+)/.*", "dit", "context"),
     ("dit/(patch_embed|out|.*/x_[a-z]+)/.*", "dit", "latents"),
@@ -164,6 +166,7 @@ def _interleaved_rows(config: Config, batch: Interleaved) -> dict[str, int]:
         rows["context_text"] = int(np.count_nonzero(kinds == TEXT))
         rows["context_visual"] = int(np.count_nonzero(kinds == VISUAL))
         rows["latents"] = _used(latents)
+        rows["generated"] = images
         # One timestep for each generated frame, and t = 0 for all clean frames of a row.
         rows["timesteps"] = images + int(np.count_nonzero((latents.kind == CLEAN).any(axis=1)))
     return rows

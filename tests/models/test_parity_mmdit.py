@@ -75,7 +75,7 @@ def arguments(images, context, timesteps, pooled):
     context_meta = meta(TEXT, np.zeros(length, int), np.zeros(length, int))
     slots = Slots(np.zeros((batch, length), np.int32), np.zeros((batch, patch.size), np.int32))
     latents = patchify(images, CONFIG.patch_size)
-    return latents, context, timesteps[:, None], slots, latent_meta, context_meta, masks.same_document, pooled
+    return latents, context, timesteps[:, None], slots, latent_meta, context_meta, masks.same_document, pooled[:, None]
 
 
 def make_inputs(rows, cols, length):
