@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 
 ruff check --quiet
 ruff format --check --quiet
-JAX_PLATFORMS=cpu python -m pytest "$@"
+python -m pytest -n auto --dist worksteal "$@"

@@ -117,7 +117,7 @@ def find_aligned(config: Config) -> pathlib.Path | None:
 
 def _load(workdir: pathlib.Path) -> Run:
     config, model, params = load_run(workdir)
-    return Run(config, model, params, load_tokenizer(config.data.tokenizer))
+    return Run(config, model, params, load_tokenizer(workdir / "tokenizer"))
 
 
 # --- What is written --------------------------------------------------------------------------------------------------

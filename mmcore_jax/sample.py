@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     settings = dataclasses.replace(
         config.sampling, **{name: value for name, value in given.items() if value is not None}
     )
-    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
+    generator = Generator(config, model, load_tokenizer(arguments.workdir / "tokenizer"))
     (image,) = generator(params, [request], settings, arguments.seed)
     information = PngImagePlugin.PngInfo()
     for name, value in {"prompt": arguments.prompt, "seed": arguments.seed, **dataclasses.asdict(settings)}.items():

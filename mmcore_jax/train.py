@@ -22,6 +22,7 @@ from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.data import image
 from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.text import keep_tokenizer
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
@@ -56,13 +57,14 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     sharding.check_batch(config.batch_size, config.optimizer.accumulation, mesh)
     claim(workdir, config)
     checkpoints = Checkpoints(workdir, config)
-    if checkpoints.latest_step == config.total_steps:
-        print(f"{workdir} is done: step {config.total_steps} of {config.total_steps}.")
+    if (checkpoints.latest_step or 0) >= config.total_steps:
+        print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
         return 0
     jax.set_mesh(mesh)
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     batches = Batches(config, jax.process_index(), jax.process_count())
+    keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
     example = batches[0].arrays
 
     # --- Model and state: own checkpoint, else what config.init names -------------------------------------------------

@@ -1,5 +1,9 @@
-"""Tests run on the CPU."""
+"""Tests run on the CPU, and share one cache of compiled programs, their subprocesses included."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mmcore_jax_tests_"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -38,6 +38,7 @@ def check(result: tuple[int, str], *words: str) -> None:
         assert word in line, line
 
 
+PARTS = ("vlm", "queries", "connector")
 STAGE0 = "--config=configs/stage0.py"
 
 
@@ -131,3 +132,15 @@ def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
 )
 def test_bad_requests(enter, tmp_path, arguments: list[str], words: list[str]) -> None:
     check(enter(sample.main, f"--workdir={tmp_path}", *arguments), *words)
+
+
+def test_another_tokenizer_is_noticed(enter, tmp_path) -> None:
+    """A stage that starts from a VLM trained with other token ids stops, instead of reading noise."""
+    data = tiny.write_dataset(tmp_path / "data")
+    arguments = [*tiny.overrides("stage1", data), "--config.total_steps=1", "--config.init.vision_target=random"]
+    enter(train.main, "--config=configs/stage1.py", f"--workdir={tmp_path / 'one'}", *arguments)
+    path = data / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    arguments = [*tiny.overrides("stage2", data), *(f"--config.init.{part}={tmp_path / 'one'}" for part in PARTS)]
+    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'two'}", *arguments)
+    check(result, "tokenizer", "anew")

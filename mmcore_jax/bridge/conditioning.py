@@ -32,7 +32,7 @@ class Condition(NamedTuple):
 
 
 class DualPathway(nn.Module):
-    """Projects both pathways to the context of the diffusion transformer, and each frame's means to its pooled input."""
+    """Projects both pathways to the context of the diffusion transformer, and their means in each frame to `pooled`."""
 
     width: int
     pooled_width: int

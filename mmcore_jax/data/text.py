@@ -6,6 +6,7 @@ first word of a text is the same token as that word further on, because a space 
 
 import os
 import pathlib
+import shutil
 import types
 import typing
 from collections.abc import Iterable
@@ -60,6 +61,27 @@ def load_tokenizer(directory: str | pathlib.Path) -> "PreTrainedTokenizerBase":
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"no tokenizer in {directory}: expected the tokenizer_config.json that `prepare` writes there.")
     return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def keep_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies the tokenizer that a run uses into its workdir, so that both stay together.
+
+    Raises:
+      UserError: if another one is there already.
+    """
+    if not directory.exists():
+        shutil.copytree(source, directory)
+    check_same_tokenizer(source, directory)
+
+
+def check_same_tokenizer(ours: str | pathlib.Path, theirs: pathlib.Path) -> None:
+    """Raises `UserError` if two tokenizers differ: token ids of one mean nothing to a model trained with the other."""
+    name = "tokenizer.json"
+    if (pathlib.Path(ours) / name).read_bytes() != (theirs / name).read_bytes():
+        raise UserError(
+            f"the tokenizer in {ours} is not the one in {theirs}: the data was prepared again since. "
+            "Train the earlier stage anew, or point config.data at the data that it was trained with."
+        )
 
 
 def _transformers() -> types.ModuleType:

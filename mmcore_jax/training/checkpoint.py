@@ -20,6 +20,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import layout
+from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
@@ -113,6 +114,8 @@ def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths:
     fresh = {part for part in touched if config.init[part] == RANDOM}
     params = random_params(config, model, plan, batch, fresh) if fresh else {}
     for part in sorted(touched - fresh):
+        if part == "vlm" and (kept := pathlib.Path(config.init[part]) / "tokenizer").is_dir():
+            check_same_tokenizer(config.data.tokenizer, kept)
         params |= load_weights(config.init[part], part, plan, f"{config.stage} (config.init.{part})")
     return params
 

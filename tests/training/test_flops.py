@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
-from mmcore_jax.bridge.conditioning import Drop
+from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Tuning
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import image, text
@@ -149,6 +149,10 @@ def no_drop(batch):
     return Drop(nothing, nothing)
 
 
+def condition(model, batch, context):
+    return Condition(context, jnp.zeros((*batch.images.generated.shape, model.config.dit.pooled_width)))
+
+
 PARTS = {
     "vlm/vision": ("stage1", lambda m, b: m.vlm.vision(b.patches.values, b.patches.meta), ()),
     "vlm/decoder": ("stage1", lambda m, b, x: m.vlm.decode(x, b.tokens.meta, b.tokens.positions), (hidden,)),
@@ -161,7 +165,9 @@ PARTS = {
     ),
     "dit": (
         "stage2",
-        lambda m, b, tokens, context: m.velocity(tokens, context, jnp.zeros(b.images.generated.shape), b),
+        lambda m, b, tokens, context: m.velocity(
+            tokens, condition(m, b, context), jnp.zeros(b.images.generated.shape), b
+        ),
         (
             lambda case: jnp.zeros((*case.batch.diffusion.latent_source.shape, 48)),
             lambda case: jnp.zeros((*case.batch.diffusion.context_source.shape, 256)),
