@@ -63,11 +63,16 @@ train stage2 --config.init.{vlm,queries,connector}="$stage1"
 
 headline 5/6 "drawing"
 mkdir -p "$pictures"
-draw red-heart "a red heart"
+python - "$pictures/red-heart.png" <<'END'
+import pathlib, sys
+from mmcore_jax.data.openmoji import load_drawings
+pathlib.Path(sys.argv[1]).write_bytes(load_drawings("data/openmoji")["2764"])
+END
 draw blue-heart "make the heart blue" --image "$pictures/red-heart.png"
+draw water-wave "a water wave"
 if [[ $recipe != smoke ]]; then
   draw grapes "a drawing of grapes"
-  draw cat-face "an emoji of a cat face"
+  draw cat "a cat"
 fi
 
 headline 6/6 "evaluating"
