@@ -63,8 +63,7 @@ def test_a_missing_directory(tmp_path):
         text.load_tokenizer(tmp_path / "nowhere")
 
 
-def test_torch_is_not_imported_and_nothing_is_printed(directory):
+def test_nothing_is_printed(directory):
     load = f"from mmcore_jax.data import text; text.load_tokenizer({str(directory)!r})"
-    code = f"import sys; {load}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("False\n", "")
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

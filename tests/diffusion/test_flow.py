@@ -50,7 +50,9 @@ def test_shift(shift):
 
 def test_logit_normal_timesteps():
     dropout = config.Dropout(RAMP, RAMP, 0.0)
-    settings = config.FlowMatching(weight=1.0, logit_mean=0.7, logit_std=0.5, shift=3.0, dropout=dropout)
+    settings = config.FlowMatching(
+        weight=1.0, timestep_floor=0.0, logit_mean=0.7, logit_std=0.5, shift=3.0, dropout=dropout
+    )
     t = flow.logit_normal_timesteps(jax.random.normal(jax.random.key(0), (20_000,)), settings)
     logits = np.log(t / (1 - t))
     assert abs(logits.mean() - (0.7 + np.log(3.0))) < 0.02
