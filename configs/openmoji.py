@@ -62,6 +62,25 @@ def connector() -> ConfigDict:
     return ConfigDict(dict(kind="linear", width=128))
 
 
+def optimizer(**changes: float | str) -> ConfigDict:
+    """AdamW with a short warm-up and a cosine tail, but for what a stage changes."""
+    settings = dict(
+        learning_rate=2e-3,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        warmup_steps=40,
+        decay="cosine",
+        flat=0.0,
+        final=0.02,
+        ema_decay=0.98,
+        accumulation=1,
+    )
+    return ConfigDict(settings | changes)
+
+
 def mesh() -> ConfigDict:
     """All devices along the data axis."""
     return ConfigDict(dict(data=-1, fsdp=1, context=1, tensor=1))
