@@ -46,7 +46,7 @@ def vlm() -> ConfigDict:
             mrope_section=(4, 6, 6),
             rope_theta=10_000.0,
             rms_norm_eps=1e-6,
-            tie_embeddings=True,
+            tie_embeddings=False,
             vision=vision,
         )
     )

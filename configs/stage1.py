@@ -16,13 +16,14 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image=4.0, edit_tone=2.5, edit_gender=0.8, edit_colour=0.8, compose=0.3, caption=0.5)
+    sources = dict(text_to_image=3.0, text_to_image_core=1.5, edit_tone=2.5, edit_gender=0.8, edit_colour=1.0)
+    sources |= dict(compose=0.3, caption=0.5)
     return ConfigDict(
         dict(
             stage="stage1",
             recipe="openmoji",
             seed=0,
-            total_steps=400,
+            total_steps=450,
             batch_size=32,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -45,14 +46,14 @@ def _openmoji() -> ConfigDict:
             ),
             objectives=dict(
                 sigmoid_contrastive=None,
-                next_token=dict(weight=0.1, user_text=True),
+                next_token=dict(weight=0.3, user_text=True),
                 alignment=dict(weight=1.0, center=True),
                 flow_matching=None,
             ),
             tuning=(dict(pattern="vision_target/.*", frozen=True), dict(pattern=".*")),
             optimizer=openmoji.optimizer(),
             sampling=None,
-            checkpoint=dict(every=200, keep=2, keep_period=0),
+            checkpoint=dict(every=225, keep=2, keep_period=0),
             telemetry=dict(log_every=10, sample_every=0),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),

@@ -16,13 +16,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image_core=18.0, edit_tone=4.0, edit_gender=1.5, edit_colour=1.5)
+    sources = dict(text_to_image_core=16.0, edit_tone=4.0, edit_gender=1.0, edit_colour=2.5)
     return ConfigDict(
         dict(
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=1800,
+            total_steps=1700,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -68,7 +68,7 @@ def _openmoji() -> ConfigDict:
                 flow_matching=dict(
                     weight=1.0,
                     timestep_floor=0.3,
-                    logit_mean=0.4,
+                    logit_mean=1.0,
                     logit_std=1.0,
                     shift=1.0,
                     dropout=dict(
@@ -80,7 +80,7 @@ def _openmoji() -> ConfigDict:
             optimizer=openmoji.optimizer(warmup_steps=60, decay="linear", flat=0.6, ema_decay=0.996),
             sampling=dict(steps=20, text_scale=2.0, visual_scale=2.0, timestep_shift=1.0),
             checkpoint=dict(every=300, keep=2, keep_period=0),
-            telemetry=dict(log_every=10, sample_every=900),
+            telemetry=dict(log_every=10, sample_every=850),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
         )

@@ -7,6 +7,7 @@ A run that was stopped continues where it stood. The workdir is `runs/STAGE-RECI
 
 import argparse
 import collections
+import dataclasses
 import json
 import pathlib
 import signal
@@ -191,7 +192,7 @@ class StopSignal:
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the workdir and writes its config, unless another recipe lives there.
+    """Makes the workdir and writes its config, unless another recipe lives there. `data.threads` may change.
 
     Raises:
       UserError: if the directory cannot be written, or holds a run that this config cannot continue.
@@ -199,6 +200,7 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if path.exists():
         there = config_lib.from_json(path)
+        there = dataclasses.replace(there, data=dataclasses.replace(there.data, threads=config.data.threads))
         for name in ("stage", "recipe", "seed", "batch_size", "model", "tuning", "data"):
             if getattr(there, name) != getattr(config, name):
                 raise UserError(

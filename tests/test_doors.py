@@ -107,6 +107,8 @@ def test_workdir_of_another_run(data, tmp_path, enter) -> None:
         process = subprocess.run([*first, change], cwd=tiny.REPOSITORY, capture_output=True, text=True)
         check((process.returncode, process.stderr), str(tmp_path / "run"), "belongs to another run", "--workdir")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    threads = subprocess.run([*first, "--config.data.threads=1"], cwd=tiny.REPOSITORY, capture_output=True, text=True)
+    assert "is done: step 20 of 20" in threads.stdout, threads.stderr
     check(enter(sample.main, f"--workdir={tmp_path / 'run'}", "--prompt=x", "--output=x.png"), "stage0", "stage 2")
 
 

@@ -219,8 +219,8 @@ def questions(key: str) -> list[str]:
     return [_QUESTIONS[(first + variant) % len(_QUESTIONS)] for variant in range(_QUESTION_VARIANTS)]
 
 
-def instruction(task: str, noun: str, source: str, target: str, key: str) -> str:
-    """Returns the text that asks for an edit.
+def instructions(task: str, noun: str, source: str, target: str, key: str) -> list[str]:
+    """Returns texts that ask for an edit: two wordings for a change of colour, of which there are few, else one.
 
     Args:
       task: "edit_tone", "edit_gender" or "edit_colour".
@@ -229,13 +229,14 @@ def instruction(task: str, noun: str, source: str, target: str, key: str) -> str
       target: the state to change to.
       key: chooses among the wordings.
     """
-    template = _choose(_EDITS[task], key)
+    fields = {"source": source, "it": "them" if source in _PLURAL_WORDS else "it", "a_target": with_article(target)}
     if task == "edit_tone":
-        return template.format(tone=target)
+        fields = {"tone": target}
     if task == "edit_colour":
-        return template.format(shape=noun, colour=target, a_target=with_article(f"{target} {noun}"))
-    it = "them" if source in _PLURAL_WORDS else "it"
-    return template.format(it=it, source=source, a_target=with_article(target))
+        fields = {"shape": noun, "colour": target, "a_target": with_article(f"{target} {noun}")}
+    first, templates = zlib.crc32(key.encode()), _EDITS[task]
+    chosen = [templates[(first + 3 * i) % len(templates)] for i in range(2 if task == "edit_colour" else 1)]
+    return [template.format(**fields) for template in chosen]
 
 
 def composition(name: str, key: str) -> str:

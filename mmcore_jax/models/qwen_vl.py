@@ -22,7 +22,9 @@ TEMPORAL_PATCH = 2  # an image is two equal frames
 IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _INIT = nn.initializers.lecun_normal()
-_EMBEDDING_INIT = nn.initializers.variance_scaling(1.0, "fan_out", "normal")
+# Unit embeddings keep what a token is in the residual stream, up to the hidden states that condition the diffusion.
+_EMBEDDING_INIT = nn.initializers.normal(1.0)
+_TIED_INIT = nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 
 
 class QwenVLModel(nn.Module):
@@ -33,7 +35,8 @@ class QwenVLModel(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embedding = self.param("embedding", parameter(_EMBEDDING_INIT, "vocab", "embed"), (c.vocab_size, c.width))
+        init = _TIED_INIT if c.tie_embeddings else _EMBEDDING_INIT
+        self.embedding = self.param("embedding", parameter(init, "vocab", "embed"), (c.vocab_size, c.width))
         self.vision = VisionTower(c.vision, c.width, self.execution)
         self.decoder = Decoder(c, self.execution)
         if not c.tie_embeddings:

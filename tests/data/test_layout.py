@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from mmcore_jax.config import Budgets
+from mmcore_jax import config as config_lib
+from mmcore_jax.config import Budgets, UserError
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.nn import patches as patches_lib
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL
-from tests import rows
+from tests import rows, tiny
 from tests.rows import BUDGETS, CHAT, SIZES, document
 
 ROW = rows.pack(rows.INTERLEAVED, rows.DRAWING)
@@ -236,3 +237,17 @@ def test_pairs():
     assert batch.ids[0].tolist() == [ord("a"), ord("b"), 0, 0]
     with pytest.raises(BadExample):
         layout.make_pair(document("no image", "abc"), CHAT.tokenizer, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--config.data.image_size=36", "image_size 36 must be a multiple of 8, for vision patches"),
+        ("--config.model.dit.patch_size=5", "image_size 32 must be a multiple of 5, for latent patches"),
+        ("--config.data.budgets.vision_patches=66", "vision_patches 66 must be a multiple of 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(change, words):
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py"), [change])
+    with pytest.raises(UserError, match=words):
+        layout.geometry(config.model, config.data)

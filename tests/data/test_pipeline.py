@@ -16,6 +16,7 @@ from mmcore_jax import config
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example, text
 from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.sources import ShardSource
 from tests.rows import document, png
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -196,3 +197,9 @@ def test_pairs(data):
         chex.assert_trees_all_equal(joined, whole[step].arrays)
         assert [len(row) for row in whole[step].ids] == [1] * BATCH
     assert whole[0].arrays.valid.any(axis=1).all()
+
+
+def test_an_empty_source_is_refused(tmp_path):
+    write(tmp_path / "none-00000-of-00001.array_record", [])
+    with pytest.raises(UserError, match="'none' is empty"):
+        ShardSource("none", str(tmp_path / "none-*.array_record"))
