@@ -117,7 +117,7 @@ def _patch_rows(vision: QwenVision, grids: list[np.ndarray], pixel_values: jax.A
         pixel_values = np.zeros((0, expected[1]), np.float32)
     if pixel_values.shape != expected:
         raise UserError(f"pixel_values has shape {pixel_values.shape}, but image_grid_thw describes {expected}.")
-    patches = jnp.asarray(pixel_values).reshape(-1, 3, TEMPORAL_PATCH, vision.patch_size, vision.patch_size)
+    patches = pixel_values.reshape(-1, 3, TEMPORAL_PATCH, vision.patch_size, vision.patch_size)
     patches = patches.transpose(0, 2, 3, 4, 1).reshape(expected)
     index = np.minimum(np.arange(max(counts)), np.array(counts)[:, None] - 1)
     first = np.cumsum(counts) - counts
@@ -228,6 +228,10 @@ class QwenVLModel(nn.Module):
         """Returns input embeddings `[B, L, D]`."""
         return self.embed(prompts.tokens, prompts.meta, prompts.source, prompts.patches, prompts.patch_meta)
 
+    def embed_text(self, tokens: jax.Array) -> jax.Array:
+        """Returns input embeddings `[B, L, D]` of token ids `[B, L]`."""
+        return self.embedding[tokens].astype(self.execution.compute_dtype)
+
     def embed(
         self,
         tokens: jax.Array,
@@ -246,7 +250,7 @@ class QwenVLModel(nn.Module):
           patch_meta: document, frame and position of each patch.
           queries: `[N, D]`, where there are QUERY tokens.
         """
-        x = self.embedding[tokens].astype(self.execution.compute_dtype)
+        x = self.embed_text(tokens)
         if patches.shape[1]:
             images = gather_tokens(self.vision(patches, patch_meta), source)
             x = jnp.where((meta.kind == masks.IMAGE)[..., None], images, x)
