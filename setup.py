@@ -52,6 +52,7 @@ setup(
             TORCH,
             "chex>=0.1.91",
             "diffusers>=0.36",
+            "matplotlib>=3.10",  # ships a photograph
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",

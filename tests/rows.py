@@ -12,14 +12,20 @@ from mmcore_jax.data.layout import Geometry
 
 SIZES = Geometry(image_size=8, vision_patch=2, merge=2, query_grid=2, latent_side=2)
 BUDGETS = Budgets(vlm_tokens=107, vision_patches=52, context_tokens=21, latent_tokens=22, images=6)
-SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2, "<|vision_start|>": 3, "<|vision_end|>": 4, "<|image_pad|>": 5}
+SPECIAL = {
+    "<|im_start|>": 1,
+    "<|im_end|>": 2,
+    "<|vision_start|>": 3,
+    "<|vision_end|>": 4,
+    "<|image_pad|>": 5,
+    "<|endoftext|>": 6,
+}
 
 
 class Characters:
-    """A tokenizer of one token per character; the special tokens are 1 to 5."""
+    """A tokenizer of one token per character; the special tokens are 1 to 6."""
 
-    def convert_tokens_to_ids(self, tokens):
-        return SPECIAL[tokens] if isinstance(tokens, str) else [SPECIAL[token] for token in tokens]
+    chat_template = None
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens

@@ -1,17 +1,29 @@
-"""Encoded images to the square uint8 arrays that the models take, and patches in the VLM's merge order."""
+"""Encoded images to the arrays that the models take.
 
+Training takes square uint8 images, and patches of them in the VLM's merge order. `pixel_values` is Qwen2.5-VL's
+published processor (transformers `image_processing_pil_qwen2_vl.py`): images of any size in their own shape.
+"""
+
+import dataclasses
 import io
+import json
+import math
+import pathlib
 
 import numpy as np
 from PIL import Image
 
+from mmcore_jax.config import UserError
 from mmcore_jax.data.example import BadExample
+from mmcore_jax.nn.patches import merge_order
 
 MAXIMUM_PIXELS = 64_000_000
+MAXIMUM_ASPECT_RATIO = 200
+TEMPORAL_PATCH = 2  # Qwen2.5-VL takes an image as two equal frames
 
 
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """Decodes to uint8 `[size, size, 3]`: transparency over white, resized by area or bicubically, centre-cropped.
+def open_rgb(encoded: bytes) -> Image.Image:
+    """Decodes an image, with transparency over white.
 
     Raises:
       BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
@@ -28,7 +40,16 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(encoded: bytes, size: int) -> np.ndarray:
+    """Decodes to uint8 `[size, size, 3]`: transparency over white, resized by area or bicubically, centre-cropped.
+
+    Raises:
+      BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
+    """
+    image = open_rgb(encoded)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -37,16 +58,89 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def merge_order(side: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the side * side patches of an image, the merge * merge patches of a merged token together."""
-    grid = np.arange(side * side).reshape(side // merge, merge, side // merge, merge)
-    order = grid.transpose(0, 2, 1, 3).reshape(-1)
-    return order // side, order % side
-
-
 def patches(image: np.ndarray, patch: int, merge: int) -> np.ndarray:
     """uint8 `[size, size, 3]` to `[patches, patch * patch * 3]` in merge order; values go by (row, column, channel)."""
     side = image.shape[0] // patch
-    rows, cols = merge_order(side, merge)
+    rows, cols = merge_order(side, side, merge)
     tiles = image.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(side * side, -1)
     return tiles[rows * side + cols]
+
+
+def resize(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
+    """Resizes to uint8 `[height, width, 3]` as the published processors of Qwen2.5-VL and SigLIP do."""
+    return np.asarray(image.resize((width, height), resample))
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """How Qwen2.5-VL's processor resizes and normalises; the area of an image is kept within two counts of pixels."""
+
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load_processor(directory: str | pathlib.Path) -> Processor:
+    """Reads `preprocessor_config.json` of a published Qwen2.5-VL, in its older or newer form.
+
+    Raises:
+      UserError: if the file is missing, lacks a setting, or asks for what Qwen2.5-VL does not do.
+    """
+    path = pathlib.Path(directory) / "preprocessor_config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the directory of a published Qwen2.5-VL.")
+    given = json.loads(path.read_text())
+    limits = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")} | given.get("size", {})
+    try:
+        if given["temporal_patch_size"] != TEMPORAL_PATCH or given.get("resample", 3) != Image.Resampling.BICUBIC:
+            raise UserError(f"{path} is not of a Qwen2.5-VL: expected 2 frames a patch and bicubic resizing (3).")
+        return Processor(
+            given["patch_size"],
+            given["merge_size"],
+            int(limits["shortest_edge"]),
+            int(limits["longest_edge"]),
+            tuple(given["image_mean"]),
+            tuple(given["image_std"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} lacks a setting ({error}): give the directory of a published Qwen2.5-VL.") from error
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size nearest to (height, width) in multiples of `factor`, scaled so that its area is within the limits.
+
+    Raises:
+      BadExample: if one side is more than `MAXIMUM_ASPECT_RATIO` times the other.
+    """
+    if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
+        raise BadExample(f"image is more than {MAXIMUM_ASPECT_RATIO} times as long as wide")
+    nearest = tuple(factor * round(side / factor) for side in (height, width))
+    if math.prod(nearest) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return tuple(max(factor, factor * math.floor(side / shrink / factor)) for side in (height, width))
+    if math.prod(nearest) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return tuple(factor * math.ceil(side * grow / factor) for side in (height, width))
+    return nearest
+
+
+def pixel_values(image: Image.Image, processor: Processor) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Returns normalised patches float32 `[S, P]` in merge order, values by (channel, time, row, column), and the grid.
+
+    The grid counts patches along (time, row, column).
+
+    Raises:
+      BadExample: if the image is too long for its width.
+    """
+    patch, merge = processor.patch_size, processor.merge_size
+    limits = (processor.min_pixels, processor.max_pixels)
+    height, width = smart_resize(image.height, image.width, patch * merge, *limits)
+    x = resize(image, height, width, Image.Resampling.BICUBIC) / np.float32(255)
+    x = (x - np.array(processor.mean, np.float32)) / np.array(processor.std, np.float32)
+    rows, cols = height // patch, width // patch
+    x = x.reshape(rows, patch, cols, patch, 3).transpose(0, 2, 4, 1, 3)[merge_order(rows, cols, merge)]
+    x = np.repeat(x[:, :, None], TEMPORAL_PATCH, axis=2)
+    return x.reshape(rows * cols, -1), (1, rows, cols)

@@ -6,13 +6,17 @@ of a row, N query tokens, C context tokens, T latent tokens.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mmcore_jax.config import Budgets, Config, Data, Model, UserError
 from mmcore_jax.data import image as image_lib
-from mmcore_jax.data.example import BadExample, Example
+from mmcore_jax.data.example import BadExample, Example, Image, Text
+from mmcore_jax.nn import patches as patches_lib
+from mmcore_jax.nn import rotary
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
@@ -144,18 +148,22 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass
 class Item:
-    """An example as tokens. Lists run over its VLM tokens, `frames` over its images."""
+    """An example as tokens. Lists run over its VLM tokens, `frames` over its images, `grids` over squares of tokens."""
 
     id: str
     ids: list[int] = dataclasses.field(default_factory=list)
     kinds: list[int] = dataclasses.field(default_factory=list)
     frame_of: list[int] = dataclasses.field(default_factory=list)
-    positions: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     source: list[int] = dataclasses.field(default_factory=list)
     learned: list[bool] = dataclasses.field(default_factory=list)
     frames: list["Frame"] = dataclasses.field(default_factory=list)
+    grids: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     merged: int = 0  # merged patches so far
-    next_position: int = 0
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        """`[L, 3]`: time, row, column."""
+        return rotary.mrope_positions(np.array(self.kinds) != TEXT, self.grids)
 
 
 @dataclasses.dataclass
@@ -171,19 +179,55 @@ class Frame:
 
 
 class ChatFormat:
-    """Qwen2.5-VL's chat format: what the tokenizer calls its special tokens, and how turns open and close."""
+    """Qwen2.5-VL's chat format: what the tokenizer calls its special tokens, and how turns open and close.
+
+    Raises:
+      UserError: if the tokenizer lacks a special token, or has another chat template.
+    """
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.vision_start, self.vision_end, self.image_pad = tokenizer.convert_tokens_to_ids(
-            ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+        self.vision_start, self.vision_end, self.image_pad, self.turn_end, end_of_text = (
+            self._special(name)
+            for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|im_end|>", "<|endoftext|>")
         )
-        self.turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.ends = (self.turn_end, end_of_text)
+        self.preamble = self.encode(self._preamble())
         self.open = {speaker: self.encode(f"<|im_start|>{speaker}\n") for speaker in ("user", "assistant")}
         self.close = self.encode("<|im_end|>\n")
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def question(self, segments: list[Text | Image], image_tokens: Sequence[int]) -> list[int]:
+        """Tokens of a conversation up to where the assistant's answer begins; each image takes its `image_tokens`."""
+        ids, speaker, counts = list(self.preamble), None, iter(image_tokens)
+        for segment in segments:
+            now = segment.get("speaker", "user")
+            if now != speaker:
+                ids += self.open[now] if speaker is None else self.close + self.open[now]
+                speaker = now
+            if segment["type"] == "text":
+                ids += self.encode(segment["text"])
+            else:
+                ids += [self.vision_start, *[self.image_pad] * next(counts), self.vision_end]
+        return ids + self.close + self.open["assistant"]
+
+    def _special(self, name: str) -> int:
+        ids = self.encode(name)
+        if len(ids) != 1:
+            raise UserError(f"the tokenizer has no special token {name}: use one of Qwen2.5-VL, or train one here.")
+        return ids[0]
+
+    def _preamble(self) -> str:
+        """What the tokenizer's own chat template puts before the first turn: the system prompt of a published model."""
+        if self.tokenizer.chat_template is None:
+            return ""
+        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        before, turn, after = rendered.partition("<|im_start|>user\n?<|im_end|>\n")
+        if not turn or after:
+            raise UserError(f"the tokenizer's chat template gives {rendered!r}, not Qwen's turns: use Qwen2.5-VL's.")
+        return before
 
 
 def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bool = False) -> Item:
@@ -199,7 +243,7 @@ def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bo
     for number, (now, segment) in enumerate(zip(speakers, segments)):
         if now != speaker:
             closed = bool(item.learned) and item.learned[-1]  # the turn end stands there already, learned
-            _add_text(item, ([] if speaker is None else chat.close[closed:]) + chat.open[now])
+            _add_text(item, (chat.preamble if speaker is None else chat.close[closed:]) + chat.open[now])
             speaker = now
         if segment["type"] == "text":
             learned = user_text or now == "assistant"
@@ -228,25 +272,22 @@ def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
         item.ids.append(token)
         item.kinds.append(TEXT)
         item.frame_of.append(len(item.frames))
-        item.positions.append((item.next_position,) * 3)
         item.source.append(0)
         item.learned.append(learned)
-        item.next_position += 1
     return list(range(start, len(item.ids)))
 
 
 def _add_grid(item: Item, chat: ChatFormat, kind: int, side: int, source: range) -> list[int]:
     """Appends a square of IMAGE or QUERY tokens between the vision marks, and returns where they stand."""
     _add_text(item, [chat.vision_start])
-    start, origin = len(item.ids), item.next_position
-    for offset, origin_index in enumerate(source):
+    start = len(item.ids)
+    for index in source:
         item.ids.append(chat.image_pad)
         item.kinds.append(kind)
         item.frame_of.append(len(item.frames) - 1)
-        item.positions.append((origin, origin + offset // side, origin + offset % side))
-        item.source.append(origin_index)
+        item.source.append(index)
         item.learned.append(False)
-    item.next_position = origin + side
+    item.grids.append((side, side))
     _add_text(item, [chat.vision_end])
     return list(range(start, start + side * side))
 
@@ -346,7 +387,7 @@ def _write_item(
 
 
 def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray, at: _Cursor, sizes: Geometry) -> None:
-    rows, cols = image_lib.merge_order(sizes.vision_side, sizes.merge)
+    rows, cols = patches_lib.merge_order(sizes.vision_side, sizes.vision_side, sizes.merge)
     span = slice(at.patch, at.patch + rows.size)
     patches.values[b, span] = image_lib.patches(picture, sizes.vision_patch, sizes.merge)
     _write_meta(patches.meta, b, span, document, at.slot, IMAGE, rows, cols)

@@ -19,6 +19,8 @@ if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
+# What a directory may hold of a tokenizer; that of a published model also holds its weights.
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
@@ -70,7 +72,10 @@ def keep_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
       UserError: if another one is there already.
     """
     if not directory.exists():
-        shutil.copytree(source, directory)
+        directory.mkdir(parents=True)
+        for pattern in _TOKENIZER_FILES:
+            for file in pathlib.Path(source).glob(pattern):
+                shutil.copy(file, directory)
     check_same_tokenizer(source, directory)
 
 

@@ -1,0 +1,125 @@
+"""Images become what the published processors make of them, on a photograph in odd sizes."""
+
+import io
+import json
+
+import matplotlib.cbook
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mmcore_jax import config
+from mmcore_jax.config import UserError
+from mmcore_jax.data import image as image_lib
+from mmcore_jax.data.example import BadExample
+from mmcore_jax.models import qwen_vl
+from mmcore_jax.nn import patches as patches_lib
+
+with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+    PHOTOGRAPH = Image.open(file).convert("RGB")  # 512 x 600
+# (left, top, right, bottom): the whole, odd sizes, narrow ones, and some that have to grow.
+CROPS = [(0, 0, 512, 600), (3, 5, 480, 398), (100, 50, 377, 599), (0, 200, 512, 237), (250, 100, 281, 131)]
+CROPS += [(9, 9, 16, 600)]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("box", CROPS)
+@pytest.mark.parametrize("max_pixels", [28 * 28 * 1280, 28 * 28 * 60])
+def test_pixel_values_are_those_of_the_published_processor(box, max_pixels, tmp_path, record_property):
+    theirs = Qwen2VLImageProcessorPil(max_pixels=max_pixels)
+    theirs.save_pretrained(tmp_path)
+    crop = PHOTOGRAPH.crop(box)
+    expected = theirs(crop, return_tensors="np")
+    values, grid = image_lib.pixel_values(crop, image_lib.load_processor(tmp_path))
+    np.testing.assert_array_equal([grid], expected["image_grid_thw"])
+    found = float(np.abs(values - expected["pixel_values"]).max())
+    record_property("max_difference", found)
+    assert values.dtype == np.float32
+    assert found < 1e-5
+
+
+def test_older_settings_are_read(directory):
+    path = directory / "preprocessor_config.json"
+    newer = image_lib.load_processor(directory)
+    given = json.loads(path.read_text())
+    limits = given.pop("size")
+    path.write_text(json.dumps(given | {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}))
+    assert image_lib.load_processor(directory) == newer
+    assert newer.patch_size == 14
+    assert (newer.min_pixels, newer.max_pixels) == (56 * 56, 28 * 28 * 1280)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(temporal_patch_size=1), "is not of a Qwen2.5-VL"),
+        (dict(resample=2), "is not of a Qwen2.5-VL"),
+        (dict(image_mean=None), "lacks a setting"),
+        (dict(size={}), "lacks a setting"),
+    ],
+)
+def test_settings_of_another_processor(directory, change, message):
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        image_lib.load_processor(directory)
+
+
+def test_a_missing_processor(tmp_path):
+    with pytest.raises(UserError, match=r"preprocessor_config.json does not exist"):
+        image_lib.load_processor(tmp_path)
+
+
+def test_sizes_are_those_of_the_published_processor():
+    rng = np.random.default_rng(0)
+    smart_resize = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.smart_resize
+    for height, width in rng.integers(10, 3000, (500, 2)).tolist():
+        limits = dict(factor=28, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+        if max(height, width) > 200 * min(height, width):
+            continue
+        assert image_lib.smart_resize(height, width, **limits) == smart_resize(height, width, **limits)
+    with pytest.raises(BadExample, match="200 times"):
+        image_lib.smart_resize(1, 201, **limits)
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize("box", CROPS[:5])
+def test_siglip_sees_what_its_published_processor_gives(box, resample, record_property):
+    crop = PHOTOGRAPH.crop(box)
+    theirs = SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=resample)
+    expected = theirs(crop, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    ours = image_lib.resize(crop, 224, 224, resample).astype(np.float32) / 127.5 - 1  # as models/siglip.py has it
+    found = float(np.abs(ours - expected).max())
+    record_property("max_difference", found)
+    assert found < 1e-5
+
+
+def test_patches_of_training_are_those_of_the_published_processor():
+    """The uint8 patches of a square image, normalised on the device, are the values that the network is given."""
+    patch, merge, size = 14, 2, 112
+    square = PHOTOGRAPH.resize((size, size))
+    vision = config.QwenVision(8, 1, 1, 8, patch, merge, 112, ())
+    c = config.QwenVL(8, 1, 1, 8, 200, 1, (1, 1, 2), 1e4, 1e-6, True, vision)
+    published = Qwen2VLImageProcessorPil()(square, return_tensors="np")
+    merged = len(published["pixel_values"]) // merge**2
+    ids = np.full((1, merged), 5)
+    prompts = qwen_vl.prepare(c, ids, np.ones_like(ids), **published, image_token=5)
+    ours = qwen_vl.normalize(image_lib.patches(np.asarray(square), patch, merge))
+    np.testing.assert_allclose(ours, prompts.patches[0], atol=1e-5)
+    rows, cols = patches_lib.merge_order(size // patch, size // patch, merge)
+    np.testing.assert_array_equal([prompts.patch_meta.row[0], prompts.patch_meta.col[0]], [rows, cols])
+
+
+def test_transparency_is_over_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")
+    assert np.asarray(image_lib.open_rgb(buffer.getvalue())).min() == 255
+    assert image_lib.decode(buffer.getvalue(), 4).min() == 255
