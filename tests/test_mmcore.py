@@ -105,7 +105,7 @@ def test_encoding_costs_its_products(data):
 
 def product_flops(equation: jax.extend.core.JaxprEqn) -> float:
     """FLOPs of a convolution or a matrix product, borders included; 0 of all else."""
-    shapes, (out,) = [variable.aval.shape for variable in equation.invars], equation.outvars
+    shapes, out = [variable.aval.shape for variable in equation.invars], equation.outvars[0]
     if equation.primitive.name == "conv_general_dilated":
         return 2.0 * out.aval.size * math.prod(shapes[1][:3])
     if equation.primitive.name == "dot_general":
