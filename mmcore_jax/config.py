@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import ml_collections
 
@@ -142,10 +142,37 @@ class MMDiT:
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoencoder:
-    """ "pixel" is the identity, scaled to [-1, 1]."""
+class Pixels:
+    """No autoencoder: images are diffused as they are, scaled to [-1, 1]."""
 
     kind: Literal["pixel"]
+    latent_channels: ClassVar[int] = 3
+    downsampling: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKL:
+    """The variational autoencoder of Stable Diffusion and FLUX; each of `block_channels` has half the side of the last.
+
+    The diffusion transformer sees (latents - `shift_factor`) * `scaling_factor`. Images with a side of more than `tile`
+    latents are encoded and decoded in tiles, of which neighbours share a quarter; 0 never tiles.
+    """
+
+    kind: Literal["kl"]
+    block_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_groups: int
+    quant_convs: bool
+    mid_attention: bool
+    scaling_factor: float
+    shift_factor: float
+    tile: int
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of a latent."""
+        return 2 ** (len(self.block_channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +184,7 @@ class Model:
     connector: Connector | None
     vision_target: Siglip | None
     dit: MMDiT | None
-    autoencoder: Autoencoder | None
+    autoencoder: Pixels | AutoencoderKL | None
 
 
 # --- Objectives -------------------------------------------------------------------------------------------------------
@@ -448,7 +475,7 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
     if dataclasses.is_dataclass(expected):
         return _convert_dataclass(expected, value, path, file)
     if origin is types.UnionType:
-        return None if value is None else _convert(arguments[0], value, path, file)
+        return None if value is None else _convert(_member(arguments, value, path, file), value, path, file)
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{path} in {file} is {value!r}, expected one of {', '.join(map(repr, arguments))}.")
@@ -466,6 +493,15 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
         name = getattr(origin or expected, "__name__", expected)
         raise UserError(f"{path} in {file} is {value!r} of type {type(value).__name__}, expected {name}.")
     return value
+
+
+def _member(members: tuple, value: Any, path: str, file: str) -> Any:
+    """The member of a union that a value is converted to: of several dataclasses, the one of its `kind`."""
+    members = tuple(member for member in members if member is not types.NoneType)
+    if len(members) == 1 or not isinstance(value, dict):
+        return members[0]
+    kinds = {typing.get_args(typing.get_type_hints(member)["kind"])[0]: member for member in members}
+    return kinds[_convert(Literal[tuple(kinds)], value.get("kind"), f"{path}.kind", file)]
 
 
 def _convert_dataclass(expected: Any, value: Any, path: str, file: str) -> Any:

@@ -6,9 +6,9 @@
                                                               |
     images -> autoencoder -> latents, noised ------------> diffusion transformer -> velocity
 
-Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit`. A stage holds only
-the parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens, I frames
-of a row, N query tokens, T latent tokens, P values in a patch.
+Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit, autoencoder`. A stage
+holds only the parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens,
+I frames of a row, N query tokens, T latent tokens, P values in a patch.
 """
 
 import functools
@@ -25,7 +25,7 @@ from mmcore_jax.config import Execution, Model
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.diffusion import flow
 from mmcore_jax.models import qwen_vl
-from mmcore_jax.models.autoencoder import PixelAutoencoder
+from mmcore_jax.models.autoencoder import make_autoencoder
 from mmcore_jax.models.mmdit import MMDiTModel, Slots
 from mmcore_jax.models.qwen_vl import QwenVLModel
 from mmcore_jax.models.siglip import SiglipModel
@@ -51,7 +51,7 @@ class MMCORE(nn.Module):
         if model.vision_target:
             self.vision_target = SiglipModel(model.vision_target, run)
         if model.dit:
-            self.autoencoder = PixelAutoencoder(model.autoencoder)
+            self.autoencoder = make_autoencoder(model.autoencoder, run)
             self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run)
             self.dit = MMDiTModel(model.dit, run)
 
@@ -70,6 +70,7 @@ class MMCORE(nn.Module):
             condition = self.condition(hidden, visual, batch, Drop(nothing, nothing))
             clean = self.latents(batch.images.pixels)
             self.velocity(self.latent_tokens(clean, clean, batch), condition, jnp.zeros(nothing.shape), batch)
+            self.autoencoder(batch.images.pixels)
 
     # --- VLM: multimodal context and queries to hidden states --------------------------------------------------------
 

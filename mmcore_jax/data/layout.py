@@ -108,14 +108,16 @@ def geometry(model: Model, data: Data) -> Geometry:
     """Derives the sizes from the parts of a model.
 
     Raises:
-      UserError: if the image size or the budget of vision patches does not fit the patches of a part.
+      UserError: if the image size or the budget of vision patches does not fit the patches of a part, or the diffusion
+        transformer does not fit the autoencoder.
     """
     vision, side = model.vlm.vision, data.image_size
     wanted = {"vision patches": vision.patch_size * vision.merge_size}
     if model.vision_target:
         wanted["the vision target's patches"] = model.vision_target.vision.patch_size * model.queries.grid
     if model.dit:
-        wanted["latent patches"] = model.dit.patch_size
+        wanted["latent patches"] = latent_patch = model.dit.patch_size * model.autoencoder.downsampling
+        _check_latent_channels(model)
     for name, multiple in wanted.items():
         if side % multiple:
             raise UserError(f"config.data.image_size {side} must be a multiple of {multiple}, for {name}.")
@@ -129,8 +131,17 @@ def geometry(model: Model, data: Data) -> Geometry:
         vision_patch=vision.patch_size,
         merge=vision.merge_size,
         query_grid=model.queries.grid,
-        latent_side=side // model.dit.patch_size if model.dit else 0,
+        latent_side=side // latent_patch if model.dit else 0,
     )
+
+
+def _check_latent_channels(model: Model) -> None:
+    taken, made = model.dit.latent_channels, model.autoencoder.latent_channels
+    if taken != made:
+        raise UserError(
+            f"config.model.dit.latent_channels is {taken}, but the latents of config.model.autoencoder "
+            f"have {made} channels: make it {made}."
+        )
 
 
 # --- One example ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 The convention:
 - A product of `[m, k]` and `[k, n]` is 2 m k n. All else (norms, softmax, biases, rotary codes, look-ups) is 0.
 - Only what is useful counts: no padding, logits only where a token carries the next-token loss, the vision target and
-  the connector only for generated images, one modulation a timestep and not one a token.
+  the connector only for generated images, one modulation a timestep and not one a token. A convolution multiplies its
+  kernel at every position of its output, borders included; the autoencoder counts as if it never tiled.
 - Attention is mask-exact: pairs (query, key) that the rule lets see each other, counted on the batch itself.
 - What rematerialisation computes again is not counted.
 - Backward is what it needs to be. A kernel costs its forward product again for the gradient of its input, where
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mmcore_jax.config import Config, SiglipVision
+from mmcore_jax.config import AutoencoderKL, Config, SiglipVision
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import CLEAN, PAD, TEXT, VISUAL, Rule, TokenMeta
@@ -41,6 +42,7 @@ _REACHES = {
     "vision_target": "vision_target/.*",
     "conditioning": f"{_VLM}|(connector|conditioning)/.*",
     "dit": f"{_VLM}|(connector|conditioning|dit)/.*",
+    "autoencoder": "autoencoder/.*",
 }
 
 # Kernel -> its part, and what counts the rows that it multiplies. The first pattern that matches the whole path wins.
@@ -130,10 +132,22 @@ def _is_kernel(config: Config, path: str) -> bool:
 
 
 def _line(path: str) -> tuple[str, str]:
+    if path.startswith("autoencoder/"):
+        return "autoencoder", _positions(path)
     for pattern, part, counted_by in _KERNELS:
         if re.fullmatch(pattern, path):
             return part, counted_by
     raise ValueError(f"training/flops.py does not know how many rows the parameter {path!r} multiplies")
+
+
+def _positions(path: str) -> str:
+    """What counts the positions of a kernel of the autoencoder: a level of the encoder. The decoder never runs here."""
+    if path.startswith(("autoencoder/decoder/", "autoencoder/post_quant_conv/")):
+        return "decoded"
+    if path.startswith("autoencoder/encoder/conv_in/"):
+        return "encoded_0"
+    down = re.match(r"autoencoder/encoder/down_(\d+)/(downsample/)?", path)
+    return f"encoded_{int(down[1]) + bool(down[2])}" if down else "encoded"
 
 
 # --- What a batch holds -----------------------------------------------------------------------------------------------
@@ -169,7 +183,23 @@ def _interleaved_rows(config: Config, batch: Interleaved) -> dict[str, int]:
         rows["generated"] = images
         # One timestep for each generated frame, and t = 0 for all clean frames of a row.
         rows["timesteps"] = images + int(np.count_nonzero((latents.kind == CLEAN).any(axis=1)))
+        rows |= _encoder_rows(config, batch)
     return rows
+
+
+def _encoder_rows(config: Config, batch: Interleaved) -> dict[str, int]:
+    """Positions at each level of the autoencoder's encoder, and of latents."""
+    c, images = config.model.autoencoder, _encoded_images(batch)
+    if not isinstance(c, AutoencoderKL):
+        return {}
+    levels = [images * (config.data.image_size >> level) ** 2 for level in range(len(c.block_channels))]
+    return {f"encoded_{level}": positions for level, positions in enumerate(levels)} | {"encoded": levels[-1]}
+
+
+def _encoded_images(batch: Interleaved) -> int:
+    """Images of which the diffusion sequence has a copy, clean or noised or both."""
+    meta = batch.diffusion.latent_meta
+    return sum(np.unique(frames[kinds != PAD]).size for frames, kinds in zip(meta.frame, meta.kind))
 
 
 def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
@@ -191,6 +221,10 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
         joint = (batch.diffusion.context_meta, batch.diffusion.latent_meta)
         meta = TokenMeta(*(np.concatenate(fields, axis=1) for fields in zip(*joint)))
         yield "dit", _scores(model.dit.width, model.dit.depth, attention_pairs(meta, meta, masks.block_causal))
+        c = model.autoencoder
+        if isinstance(c, AutoencoderKL) and c.mid_attention:
+            positions = (config.data.image_size // c.downsampling) ** 2
+            yield "autoencoder", _scores(c.block_channels[-1], 1, _encoded_images(batch) * positions**2)
 
 
 def _pair_rows(config: Config, batch: Pairs) -> dict[str, int]:

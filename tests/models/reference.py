@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from mmcore_jax.config import MMDiT, QwenVL, Siglip
+from mmcore_jax.config import AutoencoderKL, MMDiT, QwenVL, Siglip
 from mmcore_jax.models.qwen_vl import TEMPORAL_PATCH
 
 # --- Transforms ------------------------------------------------------------------------------------------------------
@@ -30,6 +30,7 @@ def _swap_halves(x: np.ndarray) -> np.ndarray:
 SAME = Transform(lambda x: x, lambda x: x)
 TRANSPOSED = Transform(lambda x: x.T, lambda x: x.T)
 FIRST = Transform(lambda x: x[0], lambda x: x[None])
+CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 SWAPPED = Transform(_swap_halves, _swap_halves)
 TRANSPOSED_SWAPPED = Transform(lambda x: _swap_halves(x.T), lambda x: _swap_halves(x).T)
 
@@ -212,6 +213,55 @@ def mmdit(c: MMDiT) -> list[Entry]:
 def _swapped_linear(theirs: str, ours: str, layers: int = 0) -> Iterator[Entry]:
     yield Entry(f"{theirs}.weight", (f"{ours}/kernel",), TRANSPOSED_SWAPPED, layers)
     yield Entry(f"{theirs}.bias", (f"{ours}/bias",), SWAPPED, layers)
+
+
+def autoencoder_kl(c: AutoencoderKL) -> list[Entry]:
+    """AutoencoderKL, by the names of diffusers."""
+    levels = len(c.block_channels)
+
+    def convolution(theirs: str, ours: str) -> Iterator[Entry]:
+        yield Entry(f"{theirs}.weight", (f"{ours}/kernel",), CONVOLUTION)
+        yield Entry(f"{theirs}.bias", (f"{ours}/bias",), SAME)
+
+    def resnet(theirs: str, ours: str, widens: bool) -> Iterator[Entry]:
+        for i in (1, 2):
+            yield from _layer_norm(f"{theirs}.norm{i}", f"{ours}/norm_{i}")
+            yield from convolution(f"{theirs}.conv{i}", f"{ours}/conv_{i}")
+        if widens:
+            yield from convolution(f"{theirs}.conv_shortcut", f"{ours}/shortcut")
+
+    def blocks(part: str, direction: str, resnets: int, channels: tuple[int, ...]) -> Iterator[Entry]:
+        for level in range(levels):
+            theirs, ours = f"{part}.{direction}_blocks.{level}", f"{part}/{direction}_{level}"
+            for i in range(resnets):
+                widens = i == 0 and level > 0 and channels[level] != channels[level - 1]
+                yield from resnet(f"{theirs}.resnets.{i}", f"{ours}/resnet_{i}", widens)
+            if level < levels - 1:
+                yield from convolution(f"{theirs}.{direction}samplers.0.conv", f"{ours}/{direction}sample")
+
+    def ends(part: str) -> Iterator[Entry]:
+        yield from convolution(f"{part}.conv_in", f"{part}/conv_in")
+        for i in range(2):
+            yield from resnet(f"{part}.mid_block.resnets.{i}", f"{part}/mid/resnet_{i}", False)
+        if c.mid_attention:
+            theirs, ours = f"{part}.mid_block.attentions.0", f"{part}/mid/attention"
+            yield from _layer_norm(f"{theirs}.group_norm", f"{ours}/norm")
+            for name in "qkv":
+                yield from _linear(f"{theirs}.to_{name}", f"{ours}/{name}")
+            yield from _linear(f"{theirs}.to_out.0", f"{ours}/out")
+        yield from _layer_norm(f"{part}.conv_norm_out", f"{part}/norm_out")
+        yield from convolution(f"{part}.conv_out", f"{part}/conv_out")
+
+    def entries() -> Iterator[Entry]:
+        yield from ends("encoder")
+        yield from blocks("encoder", "down", c.layers_per_block, c.block_channels)
+        yield from ends("decoder")
+        yield from blocks("decoder", "up", c.layers_per_block + 1, c.block_channels[::-1])
+        if c.quant_convs:
+            yield from convolution("quant_conv", "quant_conv")
+            yield from convolution("post_quant_conv", "post_quant_conv")
+
+    return list(entries())
 
 
 # --- Both directions -------------------------------------------------------------------------------------------------
