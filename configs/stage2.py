@@ -78,7 +78,7 @@ def _openmoji() -> ConfigDict:
             ),
             tuning=(dict(pattern="(vlm|queries|connector)/.*", frozen=True), dict(pattern=".*")),
             optimizer=openmoji.optimizer(warmup_steps=60, decay="linear", flat=0.6, ema_decay=0.996),
-            sampling=dict(steps=20, text_scale=2.0, visual_scale=2.0, timestep_shift=1.0),
+            sampling=dict(steps=20, text_scale=2.0, visual_scale=2.0, timestep_shift=1.0, timestep_spacing="trailing"),
             checkpoint=dict(every=300, keep=2, keep_period=0),
             telemetry=dict(log_every=10, sample_every=900),
             mesh=openmoji.mesh(),

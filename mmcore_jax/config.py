@@ -311,12 +311,17 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise."""
+    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise.
+
+    Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
+    from 1 to the last timestep of SD3's discrete schedule, and 0 comes after them.
+    """
 
     steps: int
     text_scale: float
     visual_scale: float
     timestep_shift: float
+    timestep_spacing: Literal["trailing", "linspace"]
 
 
 @dataclasses.dataclass(frozen=True)
