@@ -91,7 +91,7 @@ class SiglipText(Tower):
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVision(Tower):
-    """Vision tower of SigLIP."""
+    """Vision tower of SigLIP. `image_size // patch_size` is the side of its table of positions, 16 for NaFlex."""
 
     image_size: int
     patch_size: int

@@ -213,7 +213,7 @@ def _pair_attention(config: Config, batch: Pairs) -> Attention:
     yield "vision_target", _scores(vision.width, 1, images * patches)  # the probe
     yield "vision_target", _scores(text.width, text.depth, int(np.sum(np.sum(batch.valid, axis=1) ** 2)))
     # Every image with every text of the global batch, or of its accumulation part.
-    yield "vision_target", 2.0 * images * config.batch_size / config.optimizer.accumulation * text.width
+    yield "vision_target", 2.0 * images * config.batch_size / config.optimizer.accumulation * vision.width
 
 
 def _scores(width: int, depth: int, pairs: int) -> float:

@@ -116,8 +116,8 @@ def qwen_vl(c: QwenVL) -> list[Entry]:
     return list(entries())
 
 
-def siglip(c: Siglip) -> list[Entry]:
-    """SigLIP; without `c.text`, its vision tower."""
+def siglip(c: Siglip, naflex: bool = False) -> list[Entry]:
+    """SigLIP and SigLIP2; without `c.text`, its vision tower. NaFlex files keep the patch kernel as a matrix."""
 
     def tower(theirs: str, ours: str, depth: int) -> Iterator[Entry]:
         theirs, ours = f"{theirs}.encoder.layers.{{}}", f"{ours}/blocks"
@@ -134,9 +134,8 @@ def siglip(c: Siglip) -> list[Entry]:
 
     def entries() -> Iterator[Entry]:
         embeddings = "vision_model.embeddings"
-        yield Entry(
-            f"{embeddings}.patch_embedding.weight", ("vision/patch_embed/kernel",), patch_kernel(c.vision.patch_size, 3)
-        )
+        patches = TRANSPOSED if naflex else patch_kernel(c.vision.patch_size, 3)
+        yield Entry(f"{embeddings}.patch_embedding.weight", ("vision/patch_embed/kernel",), patches)
         yield Entry(f"{embeddings}.patch_embedding.bias", ("vision/patch_embed/bias",), SAME)
         yield Entry(f"{embeddings}.position_embedding.weight", ("vision/positions",), SAME)
         yield from tower("vision_model", "vision", c.vision.depth)
