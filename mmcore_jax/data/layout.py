@@ -126,12 +126,18 @@ def geometry(model: Model, data: Data) -> Geometry:
             f"config.data.budgets.vision_patches {data.budgets.vision_patches} must be a multiple of "
             f"{vision.merge_size**2}, the patches of a merged token."
         )
+    latent_side = side // latent_patch if model.dit else 0
+    if latent_side and "sincos" in model.dit.position and latent_side > model.dit.position_grid:
+        raise UserError(
+            f"config.data.image_size {side} makes {latent_side} latent patches a side, but the table of positions has "
+            f"config.model.dit.position_grid {model.dit.position_grid}."
+        )
     return Geometry(
         image_size=side,
         vision_patch=vision.patch_size,
         merge=vision.merge_size,
         query_grid=model.queries.grid,
-        latent_side=side // latent_patch if model.dit else 0,
+        latent_side=latent_side,
     )
 
 

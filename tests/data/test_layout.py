@@ -244,6 +244,7 @@ def test_pairs():
     [
         ("--config.data.image_size=36", "image_size 36 must be a multiple of 8, for vision patches"),
         ("--config.model.dit.patch_size=5", "image_size 32 must be a multiple of 5, for latent patches"),
+        ("--config.data.image_size=64", "64 makes 16 latent patches a side, but .*position_grid 8"),
         ("--config.data.budgets.vision_patches=66", "vision_patches 66 must be a multiple of 4"),
     ],
 )
