@@ -125,18 +125,23 @@ class Connector:
 class MMDiT:
     """The SD3 family. `position` is SD3's additive "sincos" table, "rotary" over (row, column), or both.
 
-    `pooled_width` 0 means no pooled conditioning; `query_gain` is the initial scale of the query RMSNorm.
+    The first `dual_layers` blocks also attend among the latents alone (SD3.5-medium). `qk_norm` puts an RMSNorm on
+    queries and keys, whose initial scale of the queries is `query_gain`. `pooled_width` 0 means no pooled conditioning.
+    The table has `position_grid` patches a side, numbered in steps of `position_base / position_grid`.
     """
 
     width: int
     depth: int
     heads: int
+    dual_layers: int
+    qk_norm: bool
     patch_size: int
     latent_channels: int
     context_width: int
     pooled_width: int
     position: Literal["sincos", "rotary", "sincos+rotary"]
     position_grid: int
+    position_base: int
     query_gain: float
     prediction: Literal["velocity", "x0"]
 
@@ -311,12 +316,17 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise."""
+    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise.
+
+    Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
+    from 1 to the last timestep of SD3's discrete schedule, and 0 comes after them.
+    """
 
     steps: int
     text_scale: float
     visual_scale: float
     timestep_shift: float
+    timestep_spacing: Literal["trailing", "linspace"]
 
 
 @dataclasses.dataclass(frozen=True)

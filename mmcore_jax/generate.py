@@ -35,7 +35,7 @@ class Generator:
         self._model, self._size = model, config.data.image_size
         self._sizes = layout.geometry(config.model, config.data)
         self._format = layout.ChatFormat(tokenizer)
-        self._denoise = jax.jit(functools.partial(_denoise, model), static_argnames=("steps", "shift"))
+        self._denoise = jax.jit(functools.partial(_denoise, model))
 
     def __call__(
         self,
@@ -59,20 +59,13 @@ class Generator:
         pictures = [self._pictures(item) for item in items]
         budgets = self._budgets(items)
         branches = guidance.branches(pathways, settings.text_scale, settings.visual_scale)
+        timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
         batch_size = min(batch_size, len(items))
         images = []
         for first in range(0, len(items), batch_size):
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
             batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, self._sizes)
-            outputs = self._denoise(
-                params,
-                batch,
-                _last_image(batch),
-                branches,
-                jax.random.key(seed),
-                settings.steps,
-                settings.timestep_shift,
-            )
+            outputs = self._denoise(params, batch, _last_image(batch), branches, jax.random.key(seed), timesteps)
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
@@ -101,10 +94,9 @@ def _denoise(
     last: jax.Array,
     branches: guidance.Branches,
     key: jax.Array,
-    steps: int,
-    shift: float,
+    timesteps: jax.Array,
 ) -> jax.Array:
-    """Integrates the guided flow; returns the last image of each row, float32 in [0, 1].
+    """Integrates the guided flow over `timesteps`; returns the last image of each row, float32 in [0, 1].
 
     `last` holds the tokens of that image, `[B, S]`.
     """
@@ -123,12 +115,12 @@ def _denoise(
     is_noised = (batch.diffusion.latent_meta.kind == masks.NOISED)[..., None]
 
     def velocity(tokens: jax.Array, t: jax.Array) -> jax.Array:
-        timesteps = jnp.full(shape, t)
-        velocities = jax.vmap(lambda condition: forward.model.velocity(tokens, condition, timesteps, batch))(conditions)
+        t = jnp.full(shape, t)
+        velocities = jax.vmap(lambda condition: forward.model.velocity(tokens, condition, t, batch))(conditions)
         return is_noised * guidance.combine(velocities, branches.weight)
 
     tokens = forward.model.latent_tokens(clean, noise, batch)
-    tokens = solver.euler(velocity, tokens, steps, shift)
+    tokens = solver.euler(velocity, tokens, timesteps)
     size = batch.images.pixels.shape[-2] // forward.model.autoencoder.downsampling
     patches = tokens[jnp.arange(tokens.shape[0])[:, None], last]
     return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))

@@ -91,7 +91,7 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
         budgets = {"vlm_tokens": 64, "vision_patches": 32, "images": 3}
         if stage == "stage2":
             settings |= {f"model.dit.{name}": tower[name] for name in ("width", "depth", "heads")}
-            settings |= {"model.dit.context_width": 32, "model.dit.position_grid": 4}
+            settings |= {"model.dit.context_width": 32, "model.dit.position_grid": 4, "model.dit.position_base": 4}
             budgets |= {"context_tokens": 40, "latent_tokens": 48}
         settings |= {"batch_size": 8, "model.connector.width": 32}
         settings |= {f"data.budgets.{name}": value for name, value in budgets.items()}

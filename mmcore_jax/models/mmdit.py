@@ -1,9 +1,11 @@
 """MMDiT of the SD3 family (diffusers `transformer_sd3.py`), on packed rows of several frames.
 
 Two streams, context (text and visual embeddings) and latents, with their own weights and one joint attention;
-adaLN-zero modulation from the timestep of the frame that a token belongs to.
+adaLN-zero modulation from the timestep of the frame that a token belongs to. Published members: SD3-medium (no QK
+norm), SD3.5-medium (`dual_layers` 13: its first blocks also attend among the latents alone) and SD3.5-large.
 
-B rows, L context tokens, S latent tokens, T timestep slots, D width, H heads, C channels per head, P values in a patch.
+B rows, L context tokens, S latent tokens, T timestep slots, D width, H heads, C channels per head, P values in a patch,
+G patches a side of the table of positions.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.config import Execution, MMDiT
+from mmcore_jax.config import Execution, MMDiT, UserError
 from mmcore_jax.nn import masks, rotary
 from mmcore_jax.nn.attention import attention
 from mmcore_jax.nn.layers import Dense, LayerNorm, RMSNorm, merge_heads, split_heads
@@ -60,11 +62,15 @@ class MMDiTModel(nn.Module):
           latent_meta, context_meta: metadata; rows and columns are relative to the image centre.
           rule: who may attend to whom.
           pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
+
+        Raises:
+          UserError: if the sizes of the config do not fit each other.
         """
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
+        _check(c)
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
         if "sincos" in c.position:
-            x = x + sincos_table(c.position_grid, c.width, latent_meta).astype(dtype)
+            x = x + sincos_positions(c, latent_meta).astype(dtype)
         y = Dense(c.width, (None, "embed"), True, dtype, name="context_embed")(context)
         condition = self._condition(timesteps, pooled, dtype)
 
@@ -73,7 +79,9 @@ class MMDiTModel(nn.Module):
         x, y = constrain(x, "batch", "length", None), constrain(y, "batch", None, None)
         shared = (condition, slots, meta, code)
         fields = {"config": c, "rule": rule}
-        x, y = stack(JointBlock, c.depth - 1, self.execution, "blocks", **fields)((x, y), None, *shared)
+        for name, depth, dual in (("dual_blocks", c.dual_layers, True), ("blocks", c.depth - 1 - c.dual_layers, False)):
+            if depth:
+                x, y = stack(JointBlock, depth, self.execution, name, dual=dual, **fields)((x, y), None, *shared)
         (x, _), _ = JointBlock(**fields, execution=self.execution, context_pre_only=True, name="last_block")(
             (x, y), None, *shared
         )
@@ -92,54 +100,85 @@ class MMDiTModel(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One joint block. The carry is (latents, context); a `context_pre_only` block leaves the context as it is."""
+    """One joint block. The carry is (latents, context); a `context_pre_only` block leaves the context as it is.
+
+    A `dual` block has a second attention, among the latents alone, on its own modulation of the same layer norm.
+    """
 
     config: MMDiT
     execution: Execution
     rule: Rule
     context_pre_only: bool = False
+    dual: bool = False
 
     @nn.compact
     def __call__(
         self, carry: tuple, layer: None, condition: jax.Array, slots: Slots, meta: TokenMeta, code: tuple | None
     ) -> tuple[tuple, None]:
-        c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         x, y = carry
-        shift, scale, *x_gates = Modulation(c.width, 6, dtype, name="x_modulation")(condition, slots.latents)
-        x_in = _modulate(LayerNorm(affine=False)(x), shift, scale)
-        parts = 2 if self.context_pre_only else 6
-        shift, scale, *y_gates = Modulation(c.width, parts, dtype, name="y_modulation")(condition, slots.context)
-        y_in = _modulate(LayerNorm(affine=False)(y), shift, scale)
-
+        x_norm, x_modulation = self._normalise(x, 9 if self.dual else 6, condition, slots.latents, "x")
+        y_norm, y_modulation = self._normalise(y, 2 if self.context_pre_only else 6, condition, slots.context, "y")
         # Context first, as in the original SD3; with metadata the order has no meaning.
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(self._qkv(y_in, "y"), self._qkv(x_in, "x")))
-        if code is not None:
-            q, k = rotary.rotate(q, *code), rotary.rotate(k, *code)
-        out = merge_heads(attention(q, k, v, meta, meta, self.rule, self.execution.attention))
+        streams = (
+            self._qkv(_modulate(y_norm, *y_modulation[:2]), "y"),
+            self._qkv(_modulate(x_norm, *x_modulation[:2]), "x"),
+        )
+        out = self._attend(*(jnp.concatenate(pair, axis=1) for pair in zip(*streams)), meta, code)
         y_out, x_out = out[:, : y.shape[1]], out[:, y.shape[1] :]
 
-        x = self._finish(x, x_out, x_gates, "x")
+        x = x + x_modulation[2] * self._project(x_out, "x")
+        if self.dual:
+            own = jax.tree.map(lambda field: field[:, y.shape[1] :], (meta, code))
+            x = x + self._dual_attention(x_norm, x_modulation[6:], *own)
+        x = self._feed_forward(x, x_modulation[3:6], "x")
         if not self.context_pre_only:
-            y = self._finish(y, y_out, y_gates, "y")
+            y = y + y_modulation[2] * self._project(y_out, "y")
+            y = self._feed_forward(y, y_modulation[3:6], "y")
         return (constrain(x, "batch", "length", None), constrain(y, "batch", None, None)), None
 
+    def _normalise(
+        self, x: jax.Array, parts: int, condition: jax.Array, slots: jax.Array, stream: str
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The layer norm of a stream; and shift, scale and gate of its attention, MLP and second attention."""
+        modulation = Modulation(self.config.width, parts, self._dtype, name=f"{stream}_modulation")(condition, slots)
+        return LayerNorm(affine=False)(x), modulation
+
     def _qkv(self, x: jax.Array, stream: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
+        c = self.config
         q, k, v = (
-            split_heads(Dense(c.width, ("embed", "heads"), True, dtype, name=f"{stream}_{name}")(x), c.heads)
+            split_heads(Dense(c.width, ("embed", "heads"), True, self._dtype, name=f"{stream}_{name}")(x), c.heads)
             for name in "qkv"
         )
+        if not c.qk_norm:
+            return q, k, v
         q = RMSNorm(gain=c.query_gain, name=f"{stream}_q_norm")(q)
         return q, RMSNorm(name=f"{stream}_k_norm")(k), v
 
-    def _finish(self, x: jax.Array, attended: jax.Array, gates: list[jax.Array], stream: str) -> jax.Array:
-        c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
-        attention_gate, shift, scale, mlp_gate = gates
-        x = x + attention_gate * Dense(c.width, ("heads", "embed"), True, dtype, name=f"{stream}_out")(attended)
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, meta: TokenMeta, code: tuple | None) -> jax.Array:
+        if code is not None:
+            q, k = rotary.rotate(q, *code), rotary.rotate(k, *code)
+        return merge_heads(attention(q, k, v, meta, meta, self.rule, self.execution.attention))
+
+    def _project(self, attended: jax.Array, stream: str) -> jax.Array:
+        return Dense(self.config.width, ("heads", "embed"), True, self._dtype, name=f"{stream}_out")(attended)
+
+    def _dual_attention(
+        self, x_norm: jax.Array, modulation: list[jax.Array], meta: TokenMeta, code: tuple | None
+    ) -> jax.Array:
+        shift, scale, gate = modulation
+        attended = self._attend(*self._qkv(_modulate(x_norm, shift, scale), "dual"), meta, code)
+        return gate * self._project(attended, "dual")
+
+    def _feed_forward(self, x: jax.Array, modulation: list[jax.Array], stream: str) -> jax.Array:
+        width, (shift, scale, gate) = self.config.width, modulation
         y = _modulate(LayerNorm(affine=False)(x), shift, scale)
-        y = Dense(4 * c.width, ("embed", "mlp"), True, dtype, name=f"{stream}_up")(y)
+        y = Dense(4 * width, ("embed", "mlp"), True, self._dtype, name=f"{stream}_up")(y)
         y = constrain(jax.nn.gelu(y, approximate=True), "batch", None, "activation_mlp")
-        return x + mlp_gate * Dense(c.width, ("mlp", "embed"), True, dtype, name=f"{stream}_down")(y)
+        return x + gate * Dense(width, ("mlp", "embed"), True, self._dtype, name=f"{stream}_down")(y)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.execution.compute_dtype)
 
 
 class Modulation(nn.Module):
@@ -178,15 +217,44 @@ def timestep_sinusoids(timesteps: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def sincos_table(size: int, width: int, meta: TokenMeta) -> jax.Array:
-    """SD3's additive code, `[B, S, D]`: half of the channels follow the column, half the row."""
+def sincos_axis(config: MMDiT) -> np.ndarray:
+    """The additive code along one axis of the table, float32 `[G, D / 2]`, sines first.
 
-    def axis(position: jax.Array) -> jax.Array:
-        frequencies = 10_000.0 ** (-np.arange(width // 4, dtype=np.float32) / (width // 4))
-        angles = (position + size // 2).astype(jnp.float32)[..., None] * frequencies
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    Like diffusers `get_2d_sincos_pos_embed`, positions are float32 and all else is float64 before the last rounding, so
+    that the table which published files store can be computed instead, bit by bit.
+    """
+    positions = np.arange(config.position_grid, dtype=np.float32)
+    positions /= np.float32(config.position_grid / config.position_base)
+    frequencies = 1.0 / 10_000.0 ** (np.arange(config.width // 4) / (config.width / 4))
+    angles = positions[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
-    return jnp.concatenate([axis(meta.col), axis(meta.row)], axis=-1)
+
+def sincos_table(config: MMDiT) -> np.ndarray:
+    """The whole table as published files store it, `[1, G * G, D]`: half of the channels follow the column."""
+    axis, (row, col) = sincos_axis(config), np.indices((config.position_grid,) * 2).reshape(2, -1)
+    return np.concatenate([axis[col], axis[row]], axis=-1)[None]
+
+
+def sincos_positions(config: MMDiT, meta: TokenMeta) -> jax.Array:
+    """What SD3's centre crop of the table gives each token, `[B, S, D]`; not a number outside of the table."""
+    axis = jnp.asarray(sincos_axis(config))
+
+    def look_up(position: jax.Array) -> jax.Array:
+        index = position + config.position_grid // 2
+        return axis.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    return jnp.concatenate([look_up(meta.col), look_up(meta.row)], axis=-1)
+
+
+def _check(c: MMDiT) -> None:
+    if c.width % c.heads or c.width % 4:
+        raise UserError(f"config.model.dit.width {c.width} must be a multiple of 4 and of its {c.heads} heads.")
+    if not 0 <= c.dual_layers < c.depth:
+        raise UserError(f"config.model.dit.dual_layers {c.dual_layers} must be between 0 and depth - 1, {c.depth - 1}.")
+    if c.position_grid % 2:
+        # Where the crop of an odd table starts depends on the image, not only on the distance from its centre.
+        raise UserError(f"config.model.dit.position_grid {c.position_grid} must be even, as the published tables are.")
 
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

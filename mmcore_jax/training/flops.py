@@ -61,7 +61,7 @@ _KERNELS = (
     ("dit/pooled_embed/.*", "dit", "generated"),
     ("dit/(timestep_embed|norm_out|.*/[xy]_modulation)/.*", "dit", "timesteps"),
     ("dit/(context_embed|.*/y_[a-z]+)/.*", "dit", "context"),
-    ("dit/(patch_embed|out|.*/x_[a-z]+)/.*", "dit", "latents"),
+    ("dit/(patch_embed|out|.*/(x|dual)_[a-z]+)/.*", "dit", "latents"),
 )
 
 # Dense bfloat16 peaks, FLOP/s, by a prefix of `device_kind`: the first that matches.
@@ -188,9 +188,12 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
         pairs = int(np.count_nonzero(batch.images.generated)) * _patches(target) ** 2
         yield "vision_target", _scores(target.width, target.depth, pairs)
     if active.flow_matching:
-        joint = (batch.diffusion.context_meta, batch.diffusion.latent_meta)
-        meta = TokenMeta(*(np.concatenate(fields, axis=1) for fields in zip(*joint)))
-        yield "dit", _scores(model.dit.width, model.dit.depth, attention_pairs(meta, meta, masks.block_causal))
+        context, latents = batch.diffusion.context_meta, batch.diffusion.latent_meta
+        joint = TokenMeta(*(np.concatenate(fields, axis=1) for fields in zip(context, latents)))
+        yield "dit", _scores(model.dit.width, model.dit.depth, attention_pairs(joint, joint, masks.block_causal))
+        if model.dit.dual_layers:
+            pairs = attention_pairs(latents, latents, masks.block_causal)
+            yield "dit", _scores(model.dit.width, model.dit.dual_layers, pairs)
 
 
 def _pair_rows(config: Config, batch: Pairs) -> dict[str, int]:

@@ -60,33 +60,38 @@ def test_logit_normal_timesteps():
     assert t.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_euler_is_exact_on_straight_paths(steps, shift):
-    out = solver.euler(lambda x, t: flow.velocity_target(X0, NOISE), NOISE, steps, shift)
+def test_euler_is_exact_on_straight_paths(steps, shift, spacing):
+    t = solver.timesteps(steps, shift, spacing)
+    out = solver.euler(lambda x, t: flow.velocity_target(X0, NOISE), NOISE, t)
     chex.assert_trees_all_close(out, X0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_euler_with_a_network_that_knows_x0(steps):
     """x_0 as a prediction, read as a velocity at each step, arrives at x_0 as long as t stays above the minimum."""
-    out = solver.euler(lambda x, t: flow.to_velocity(X0, x, t, "x0"), NOISE, steps, 1.0)
+    out = solver.euler(lambda x, t: flow.to_velocity(X0, x, t, "x0"), NOISE, solver.timesteps(steps, 1.0, "trailing"))
     chex.assert_trees_all_close(out, X0, atol=1e-5)
 
 
 def test_euler_converges_at_first_order():
     """dx/dt = x from t = 1 to 0 divides by e; the error halves with twice the steps."""
-    errors = [
-        abs(float(solver.euler(lambda x, t: x, jnp.float32(1.0), steps, 1.0)) - np.exp(-1)) for steps in (50, 100)
-    ]
+
+    def error(steps):
+        t = solver.timesteps(steps, 1.0, "trailing")
+        return abs(float(solver.euler(lambda x, t: x, jnp.float32(1.0), t)) - np.exp(-1))
+
+    errors = [error(steps) for steps in (50, 100)]
     assert errors[1] < 0.002
     assert 1.9 < errors[0] / errors[1] < 2.1
 
 
 def test_timesteps_run_from_noise_to_data():
-    t = solver.timesteps(4, 1.0)
-    chex.assert_trees_all_close(t, jnp.array([1.0, 0.75, 0.5, 0.25, 0.0]), atol=1e-7)
-    assert (solver.timesteps(4, 3.0)[1:-1] > t[1:-1]).all()
+    t = solver.timesteps(4, 1.0, "trailing")
+    chex.assert_trees_all_close(t, np.array([1.0, 0.75, 0.5, 0.25, 0.0], np.float32), atol=1e-7)
+    assert (solver.timesteps(4, 3.0, "trailing")[1:-1] > t[1:-1]).all()
 
 
 SCALES = [(1.0, 1.0), (2.0, 2.0), (3.0, 1.5), (1.0, 4.0), (5.0, 1.0), (0.0, 0.0), (0.0, 1.0)]

@@ -11,6 +11,7 @@ import flax.traverse_util
 import numpy as np
 
 from mmcore_jax.config import MMDiT, QwenVL, Siglip
+from mmcore_jax.models.mmdit import sincos_table
 from mmcore_jax.models.qwen_vl import TEMPORAL_PATCH
 
 # --- Transforms ------------------------------------------------------------------------------------------------------
@@ -54,12 +55,17 @@ def video_patch_kernel(size: int, channels: int) -> Transform:
 
 
 class Entry(NamedTuple):
-    """A line of a table; `layers` is how many `{}` counts, 0 without."""
+    """A line of a table; `layers` is how many `{}` counts, from `first` on, 0 without."""
 
     theirs: str
     ours: tuple[str, ...]
     transform: Transform
     layers: int = 0
+    first: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return [self.theirs.format(self.first + i) for i in range(max(self.layers, 1))]
 
 
 def _linear(theirs: str, *ours: str, layers: int = 0, bias: bool = True) -> Iterator[Entry]:
@@ -155,44 +161,47 @@ def siglip(c: Siglip) -> list[Entry]:
     return list(entries())
 
 
-MMDIT_COMPUTED = ("pos_embed.pos_embed",)
-"""Stored by them, computed by us."""
+def mmdit_buffers(c: MMDiT) -> dict[str, np.ndarray]:
+    """What they store and we compute."""
+    return {"pos_embed.pos_embed": sincos_table(c)}
 
 
 def mmdit(c: MMDiT) -> list[Entry]:
     """SD3, by the names of diffusers. Its `AdaLayerNormContinuous` has scale before shift; all else the reverse."""
-    streams = {
-        "x": dict(
-            norm="norm1", q="to_q", k="to_k", v="to_v", out="to_out.0", norm_q="norm_q", norm_k="norm_k", mlp="ff"
-        ),
-        "y": dict(
-            norm="norm1_context",
-            q="add_q_proj",
-            k="add_k_proj",
-            v="add_v_proj",
-            out="to_add_out",
-            norm_q="norm_added_q",
-            norm_k="norm_added_k",
-            mlp="ff_context",
-        ),
-    }
+    image = dict(q="to_q", k="to_k", v="to_v", out="to_out.0", norm_q="norm_q", norm_k="norm_k")
+    context = dict(
+        q="add_q_proj",
+        k="add_k_proj",
+        v="add_v_proj",
+        out="to_add_out",
+        norm_q="norm_added_q",
+        norm_k="norm_added_k",
+    )
 
-    def block(theirs: str, ours: str, layers: int, context_pre_only: bool) -> Iterator[Entry]:
-        for stream, names in streams.items():
-            last = context_pre_only and stream == "y"
-            modulation = _swapped_linear if last else _linear
-            yield from modulation(
-                f"{theirs}.{names['norm']}.linear", f"{ours}/{stream}_modulation/dense", layers=layers
-            )
-            for name in "qkv":
-                yield from _linear(f"{theirs}.attn.{names[name]}", f"{ours}/{stream}_{name}", layers=layers)
-            for name in "qk":
-                yield from _rms_norm(f"{theirs}.attn.{names[f'norm_{name}']}", f"{ours}/{stream}_{name}_norm", layers)
-            if last:
-                continue
-            yield from _linear(f"{theirs}.attn.{names['out']}", f"{ours}/{stream}_out", layers=layers)
-            yield from _linear(f"{theirs}.{names['mlp']}.net.0.proj", f"{ours}/{stream}_up", layers=layers)
-            yield from _linear(f"{theirs}.{names['mlp']}.net.2", f"{ours}/{stream}_down", layers=layers)
+    def attention(theirs: str, ours: str, names: dict[str, str], layers: int, out: bool = True) -> Iterator[Entry]:
+        for name in "qkv":
+            yield from _linear(f"{theirs}.{names[name]}", f"{ours}_{name}", layers=layers)
+        for name in "qk" if c.qk_norm else "":
+            yield from _rms_norm(f"{theirs}.{names[f'norm_{name}']}", f"{ours}_{name}_norm", layers)
+        if out:
+            yield from _linear(f"{theirs}.{names['out']}", f"{ours}_out", layers=layers)
+
+    def mlp(theirs: str, ours: str, layers: int) -> Iterator[Entry]:
+        yield from _linear(f"{theirs}.net.0.proj", f"{ours}_up", layers=layers)
+        yield from _linear(f"{theirs}.net.2", f"{ours}_down", layers=layers)
+
+    def block(theirs: str, ours: str, layers: int, dual: bool = False, last: bool = False) -> Iterator[Entry]:
+        yield from _linear(f"{theirs}.norm1.linear", f"{ours}/x_modulation/dense", layers=layers)
+        yield from (_swapped_linear if last else _linear)(
+            f"{theirs}.norm1_context.linear", f"{ours}/y_modulation/dense", layers=layers
+        )
+        yield from attention(f"{theirs}.attn", f"{ours}/x", image, layers)
+        yield from attention(f"{theirs}.attn", f"{ours}/y", context, layers, out=not last)
+        if dual:
+            yield from attention(f"{theirs}.attn2", f"{ours}/dual", image, layers)
+        yield from mlp(f"{theirs}.ff", f"{ours}/x", layers)
+        if not last:
+            yield from mlp(f"{theirs}.ff_context", f"{ours}/y", layers)
 
     def entries() -> Iterator[Entry]:
         yield Entry("pos_embed.proj.weight", ("patch_embed/kernel",), patch_kernel(c.patch_size, c.latent_channels))
@@ -201,8 +210,12 @@ def mmdit(c: MMDiT) -> list[Entry]:
         for theirs, ours in (("timestep", "timestep"), ("text", "pooled"))[: 2 if c.pooled_width else 1]:
             yield from _linear(f"time_text_embed.{theirs}_embedder.linear_1", f"{ours}_embed/up")
             yield from _linear(f"time_text_embed.{theirs}_embedder.linear_2", f"{ours}_embed/down")
-        yield from block("transformer_blocks.{}", "blocks", c.depth - 1, False)
-        yield from block(f"transformer_blocks.{c.depth - 1}", "last_block", 0, True)
+        if c.dual_layers:
+            yield from block("transformer_blocks.{}", "dual_blocks", c.dual_layers, dual=True)
+        if plain := c.depth - 1 - c.dual_layers:
+            for entry in block("transformer_blocks.{}", "blocks", plain):
+                yield entry._replace(first=c.dual_layers)
+        yield from block(f"transformer_blocks.{c.depth - 1}", "last_block", 0, last=True)
         yield from _swapped_linear("norm_out.linear", "norm_out/dense")
         yield from _linear("proj_out", "out")
 
@@ -226,9 +239,10 @@ def load(table: list[Entry], state: Mapping[str, np.ndarray], like: Any) -> Any:
     expected = flax.traverse_util.flatten_dict(like, sep="/")
     unread, tree = set(state), {}
     for entry in table:
-        names = [entry.theirs.format(i) for i in range(entry.layers)] or [entry.theirs]
-        unread -= set(names)
-        parts = [np.split(state[name], len(entry.ours)) if len(entry.ours) > 1 else [state[name]] for name in names]
+        unread -= set(entry.names)
+        parts = [
+            np.split(state[name], len(entry.ours)) if len(entry.ours) > 1 else [state[name]] for name in entry.names
+        ]
         for path, layers in zip(entry.ours, zip(*parts)):
             layers = [entry.transform.load(part) for part in layers]
             tree[path] = np.stack(layers) if entry.layers else layers[0]
@@ -244,7 +258,7 @@ def export(table: list[Entry], params: Any) -> dict[str, np.ndarray]:
     """Inverse of `load`."""
     ours, state = flax.traverse_util.flatten_dict(params, sep="/"), {}
     for entry in table:
-        for i in range(max(entry.layers, 1)):
+        for i, name in enumerate(entry.names):
             parts = [entry.transform.export(ours[path][i] if entry.layers else ours[path]) for path in entry.ours]
-            state[entry.theirs.format(i)] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            state[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return state

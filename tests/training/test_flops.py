@@ -48,7 +48,7 @@ def document(words=WORDS):
     return {"id": "", "task": "", "segments": [prompt, image(b"", True), prompt, image(b"", True)]}
 
 
-def wide(config):
+def wide(config, dual_layers):
     """The stage with networks wide enough for their matrix products to dominate, and no pictures to read."""
     model = config.model
     model = dataclasses.replace(
@@ -65,7 +65,8 @@ def wide(config):
         ),
         connector=dataclasses.replace(model.connector, width=256),
         vision_target=model.vision_target and siglip_of_width(256, text=False),
-        dit=model.dit and dataclasses.replace(model.dit, width=256, heads=4, depth=2, context_width=256),
+        dit=model.dit
+        and dataclasses.replace(model.dit, width=256, heads=4, depth=2, dual_layers=dual_layers, context_width=256),
     )
     return dataclasses.replace(config, model=model, batch_size=ROWS)
 
@@ -78,7 +79,7 @@ def siglip_of_width(width, text):
 class Case:
     """A stage, all of it frozen: its config, its plan, and a batch with `padding` in each budget."""
 
-    def __init__(self, stage, padding=0):
+    def __init__(self, stage, padding=0, dual_layers=0):
         config = config_lib.load(str(CONFIGS / f"{stage}.py"))
         if config.data.layout == "pairs":
             model = dataclasses.replace(config.model, vision_target=siglip_of_width(256, text=True))
@@ -86,7 +87,7 @@ class Case:
             pixels = np.zeros((32, 32, 3), np.uint8)
             self.batch = layout.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, 16)
         else:
-            config = wide(config)
+            config = wide(config, dual_layers)
             self.batch = self.interleaved(config, padding)
         optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
         self.config = dataclasses.replace(config, tuning=(FROZEN,), optimizer=optimizer)
@@ -177,10 +178,10 @@ PARTS = {
 
 
 @pytest.mark.usefixtures("every_pair")
-@pytest.mark.parametrize("part", PARTS)
-def test_forward_of_a_part_is_what_the_compiler_counts(part):
+@pytest.mark.parametrize(("part", "dual_layers"), [*((part, 0) for part in PARTS), ("dit", 1)])
+def test_forward_of_a_part_is_what_the_compiler_counts(part, dual_layers):
     stage, function, inputs = PARTS[part]
-    case = load(stage)
+    case = load(stage, dual_layers=dual_layers)
     measured = case.counted_by_compiler(function, *(make(case) for make in inputs))
     if part == "conditioning":
         measured /= 2  # the program sends every context token through both pathways
@@ -226,8 +227,11 @@ def test_whole_step_is_what_the_compiler_counts(name):
 # --- Attention pairs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "module", "part"), [("stage1", qwen_vl, "vlm"), ("stage2", mmdit, "dit")])
-def test_pairs_are_those_that_the_network_itself_lets_through(monkeypatch, stage, module, part):
+@pytest.mark.parametrize(
+    ("stage", "module", "part", "dual_layers"),
+    [("stage1", qwen_vl, "vlm", 0), ("stage2", mmdit, "dit", 0), ("stage2", mmdit, "dit", 1)],
+)
+def test_pairs_are_those_that_the_network_itself_lets_through(monkeypatch, stage, module, part, dual_layers):
     seen = []
     real = module.attention
 
@@ -241,7 +245,7 @@ def test_pairs_are_those_that_the_network_itself_lets_through(monkeypatch, stage
         return real(q, k, v, q_meta, k_meta, rule, implementation)
 
     monkeypatch.setattr(module, "attention", spy)
-    case = load(stage, padding=16)
+    case = load(stage, padding=16, dual_layers=dual_layers)
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in case.plan.shapes.items()}
     jax.block_until_ready(jax.jit(case.model.apply)({"params": unflatten_dict(zeros, sep="/")}, case.batch))
     jax.effects_barrier()
@@ -276,6 +280,13 @@ def test_numbers_by_hand():
     target = 2 * 128 * (48 * 256 + 2 * 12 * 256 * 256) + 2 * 4 * 256 * 2 * 64 * 64
     assert case.flops["vision_target"] == ROWS * target
     assert case.flops["total"] == sum(count for part, count in case.flops.items() if part != "total")
+
+
+def test_dual_attention_by_hand():
+    """A row holds two noised copies of 64 patches and a clean one of the first, which both clean and second see."""
+    extra = load("stage2", dual_layers=1).flops["dit"] - load("stage2").flops["dit"]
+    kernels = 2 * (3 * 64 * 4 * 256 * 256 + 3 * 256 * 3 * 256)  # q, k, v, out; shift, scale, gate at 3 timesteps
+    assert extra == ROWS * (kernels + 4 * 256 * 4 * 64 * 64)
 
 
 def test_the_head_costs_only_where_a_token_is_learned():
