@@ -24,6 +24,7 @@ from mmcore_jax.bridge.queries import LearnableQueries
 from mmcore_jax.config import Execution, Model
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.diffusion import flow
+from mmcore_jax.models import qwen_vl
 from mmcore_jax.models.autoencoder import PixelAutoencoder
 from mmcore_jax.models.mmdit import MMDiTModel, Slots
 from mmcore_jax.models.qwen_vl import QwenVLModel
@@ -75,7 +76,8 @@ class MMCORE(nn.Module):
     def hidden_states(self, batch: Interleaved) -> jax.Array:
         """Runs the VLM over text, images and queries: `[B, L, D]`, normed."""
         tokens, patches = batch.tokens, batch.patches
-        x = self.vlm.embed(tokens.ids, tokens.meta, tokens.source, patches.values, patches.meta, self.queries())
+        values = qwen_vl.normalize(patches.values)
+        x = self.vlm.embed(tokens.ids, tokens.meta, tokens.source, values, patches.meta, self.queries())
         return self.vlm.decode(x, tokens.meta, tokens.positions)
 
     def logits(self, hidden_states: jax.Array) -> jax.Array:

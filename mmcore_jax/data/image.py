@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mmcore_jax.data.example import BadExample
+from mmcore_jax.nn.patches import merge_order
 
 MAXIMUM_PIXELS = 64_000_000
 
@@ -37,16 +38,9 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def merge_order(side: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the side * side patches of an image, the merge * merge patches of a merged token together."""
-    grid = np.arange(side * side).reshape(side // merge, merge, side // merge, merge)
-    order = grid.transpose(0, 2, 1, 3).reshape(-1)
-    return order // side, order % side
-
-
 def patches(image: np.ndarray, patch: int, merge: int) -> np.ndarray:
     """uint8 `[size, size, 3]` to `[patches, patch * patch * 3]` in merge order; values go by (row, column, channel)."""
     side = image.shape[0] // patch
-    rows, cols = merge_order(side, merge)
+    rows, cols = merge_order(side, side, merge)
     tiles = image.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(side * side, -1)
     return tiles[rows * side + cols]

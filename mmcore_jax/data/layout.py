@@ -6,6 +6,7 @@ of a row, N query tokens, C context tokens, T latent tokens.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from mmcore_jax.config import Budgets, Config, Data, Model, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
+from mmcore_jax.nn import patches as patches_lib
+from mmcore_jax.nn import rotary
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
@@ -144,18 +147,22 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass
 class Item:
-    """An example as tokens. Lists run over its VLM tokens, `frames` over its images."""
+    """An example as tokens. Lists run over its VLM tokens, `frames` over its images, `grids` over squares of tokens."""
 
     id: str
     ids: list[int] = dataclasses.field(default_factory=list)
     kinds: list[int] = dataclasses.field(default_factory=list)
     frame_of: list[int] = dataclasses.field(default_factory=list)
-    positions: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     source: list[int] = dataclasses.field(default_factory=list)
     learned: list[bool] = dataclasses.field(default_factory=list)
     frames: list["Frame"] = dataclasses.field(default_factory=list)
+    grids: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     merged: int = 0  # merged patches so far
-    next_position: int = 0
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        """`[L, 3]`: time, row, column."""
+        return rotary.mrope_positions(np.array(self.kinds) != TEXT, self.grids)
 
 
 @dataclasses.dataclass
@@ -228,25 +235,22 @@ def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
         item.ids.append(token)
         item.kinds.append(TEXT)
         item.frame_of.append(len(item.frames))
-        item.positions.append((item.next_position,) * 3)
         item.source.append(0)
         item.learned.append(learned)
-        item.next_position += 1
     return list(range(start, len(item.ids)))
 
 
 def _add_grid(item: Item, chat: ChatFormat, kind: int, side: int, source: range) -> list[int]:
     """Appends a square of IMAGE or QUERY tokens between the vision marks, and returns where they stand."""
     _add_text(item, [chat.vision_start])
-    start, origin = len(item.ids), item.next_position
-    for offset, origin_index in enumerate(source):
+    start = len(item.ids)
+    for index in source:
         item.ids.append(chat.image_pad)
         item.kinds.append(kind)
         item.frame_of.append(len(item.frames) - 1)
-        item.positions.append((origin, origin + offset // side, origin + offset % side))
-        item.source.append(origin_index)
+        item.source.append(index)
         item.learned.append(False)
-    item.next_position = origin + side
+    item.grids.append((side, side))
     _add_text(item, [chat.vision_end])
     return list(range(start, start + side * side))
 
@@ -346,7 +350,7 @@ def _write_item(
 
 
 def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray, at: _Cursor, sizes: Geometry) -> None:
-    rows, cols = image_lib.merge_order(sizes.vision_side, sizes.merge)
+    rows, cols = patches_lib.merge_order(sizes.vision_side, sizes.vision_side, sizes.merge)
     span = slice(at.patch, at.patch + rows.size)
     patches.values[b, span] = image_lib.patches(picture, sizes.vision_patch, sizes.merge)
     _write_meta(patches.meta, b, span, document, at.slot, IMAGE, rows, cols)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
@@ -16,3 +17,9 @@ def unpatchify(patches: jax.Array, size: int, height: int, width: int) -> jax.Ar
     *lead, _, values = patches.shape
     x = patches.reshape(*lead, height // size, width // size, size, size, values // size**2)
     return jnp.moveaxis(x, -4, -3).reshape(*lead, height, width, -1)
+
+
+def merge_order(rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the rows * cols patches of an image, the merge * merge patches of a merged token together."""
+    grid = np.arange(rows * cols).reshape(rows // merge, merge, cols // merge, merge)
+    return np.divmod(grid.transpose(0, 2, 1, 3).reshape(-1), cols)

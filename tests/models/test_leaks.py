@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmcore_jax import config
+from mmcore_jax.models import qwen_vl
 from mmcore_jax.models.mmdit import MMDiTModel, Slots
 from mmcore_jax.models.qwen_vl import QwenVLModel
 from mmcore_jax.nn import attention as attention_lib
@@ -63,7 +64,7 @@ def random(tree, scale=0.3):
 def run_vlm(model, ids, patches, part):
     tokens = ROW.tokens
     queries = jax.random.normal(jax.random.key(3), (4, VLM.width))
-    x = model.embed(ids, tokens.meta, tokens.source, patches, ROW.patches.meta, queries)
+    x = model.embed(ids, tokens.meta, tokens.source, qwen_vl.normalize(patches), ROW.patches.meta, queries)
     return model.decode(x if part is None else part, tokens.meta, tokens.positions)[0]
 
 

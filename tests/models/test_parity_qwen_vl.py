@@ -1,6 +1,9 @@
-"""Qwen2.5-VL equals transformers on small random weights, through the key table."""
+"""Qwen2.5-VL equals transformers on small random weights, through the key table and from the published arrays."""
 
 import dataclasses
+import functools
+import math
+from typing import NamedTuple
 
 import chex
 import jax
@@ -11,196 +14,131 @@ import torch
 import transformers
 
 from mmcore_jax import config
-from mmcore_jax.data import image as image_lib
+from mmcore_jax.config import UserError
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.nn import attention as attention_lib
-from mmcore_jax.nn.masks import IMAGE, PAD, TEXT, TokenMeta
+from mmcore_jax.nn.masks import IMAGE
 from tests.models import reference
 
 TOLERANCE = 1e-4
-PATCH, MERGE, WINDOW = 4, 2, 16  # windows of 4 x 4 patches, 2 x 2 merged tokens
 IMAGE_ID, START_ID, END_ID = 290, 291, 292
 
-
-def make_config(tied):
-    vision = config.QwenVision(
-        width=32,
+VISION = config.QwenVision(
+    width=32, depth=3, heads=2, mlp_width=48, patch_size=4, merge_size=2, window_size=16, full_attention_blocks=(1,)
+)
+TIED = config.QwenVL(
+    width=64,
+    depth=2,
+    heads=4,
+    mlp_width=96,
+    vocab_size=300,
+    kv_heads=2,
+    mrope_section=(2, 3, 3),
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    vision=VISION,
+)
+CONFIGS = {
+    "tied": TIED,
+    "untied": dataclasses.replace(TIED, tie_embeddings=False),
+    "odd widths": dataclasses.replace(
+        TIED,
+        width=60,
         depth=3,
+        heads=5,
+        mlp_width=101,
+        vocab_size=307,
+        kv_heads=1,
+        mrope_section=(1, 2, 3),
+        tie_embeddings=False,
+        vision=dataclasses.replace(VISION, width=24, heads=3, mlp_width=37, patch_size=3, window_size=18),
+    ),
+    "a key head for each query head": dataclasses.replace(
+        TIED,
+        depth=1,
         heads=2,
-        mlp_width=48,
-        patch_size=PATCH,
-        merge_size=MERGE,
-        window_size=WINDOW,
-        full_attention_blocks=(1,),
-    )
-    return config.QwenVL(
-        width=64,
-        depth=2,
-        heads=4,
-        mlp_width=96,
-        vocab_size=300,
         kv_heads=2,
-        mrope_section=(2, 3, 3),
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tie_embeddings=tied,
-        vision=vision,
-    )
+        mrope_section=(4, 6, 6),
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        vision=dataclasses.replace(VISION, depth=2, full_attention_blocks=(0, 1)),
+    ),
+    "merging 3 x 3, windows only": dataclasses.replace(
+        TIED,
+        heads=8,
+        kv_heads=2,
+        mrope_section=(2, 1, 1),
+        vision=dataclasses.replace(VISION, patch_size=2, merge_size=3, window_size=12, full_attention_blocks=()),
+    ),
+}
 
 
+@functools.cache
 def make_reference(c):
     """The published implementation with every parameter random, and its state by the names of published files."""
     torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.Qwen2_5_VLConfig(
-            text_config=dict(
-                hidden_size=c.width,
-                num_hidden_layers=c.depth,
-                num_attention_heads=c.heads,
-                num_key_value_heads=c.kv_heads,
-                intermediate_size=c.mlp_width,
-                vocab_size=c.vocab_size,
-                rms_norm_eps=c.rms_norm_eps,
-                rope_parameters=dict(rope_type="default", mrope_section=list(c.mrope_section), rope_theta=c.rope_theta),
-                bos_token_id=0,
-                eos_token_id=1,
-                tie_word_embeddings=c.tie_embeddings,
-            ),
-            vision_config=dict(
-                depth=c.vision.depth,
-                hidden_size=c.vision.width,
-                num_heads=c.vision.heads,
-                intermediate_size=c.vision.mlp_width,
-                patch_size=PATCH,
-                spatial_merge_size=MERGE,
-                temporal_patch_size=2,
-                window_size=WINDOW,
-                fullatt_block_indexes=list(c.vision.full_attention_blocks),
-                out_hidden_size=c.width,
-                tokens_per_second=2,
-            ),
-            tie_word_embeddings=c.tie_embeddings,
-            image_token_id=IMAGE_ID,
-            vision_start_token_id=START_ID,
-            vision_end_token_id=END_ID,
-            video_token_id=293,
-        )
-    ).eval()
+    model = transformers.Qwen2_5_VLForConditionalGeneration(published_config(c)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15 + ("norm" in name or "ln_q" in name))
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
+            parameter.copy_(parameter.bfloat16())  # so that both dtypes compute the same function
+    return model, published_state(c, model.state_dict())
+
+
+def published_config(c):
+    return transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=c.width,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            intermediate_size=c.mlp_width,
+            vocab_size=c.vocab_size,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_parameters=dict(rope_type="default", mrope_section=list(c.mrope_section), rope_theta=c.rope_theta),
+            bos_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=c.tie_embeddings,
+        ),
+        vision_config=dict(
+            depth=c.vision.depth,
+            hidden_size=c.vision.width,
+            num_heads=c.vision.heads,
+            intermediate_size=c.vision.mlp_width,
+            patch_size=c.vision.patch_size,
+            spatial_merge_size=c.vision.merge_size,
+            temporal_patch_size=2,
+            window_size=c.vision.window_size,
+            fullatt_block_indexes=list(c.vision.full_attention_blocks),
+            out_hidden_size=c.width,
+            tokens_per_second=2,
+        ),
+        tie_word_embeddings=c.tie_embeddings,
+        image_token_id=IMAGE_ID,
+        vision_start_token_id=START_ID,
+        vision_end_token_id=END_ID,
+        video_token_id=293,
+    )
+
+
+def published_state(c, tensors):
+    """NumPy arrays by the names of published files."""
     state = {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): state[name]
-        for name in state
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value.numpy()
+        for name, value in tensors.items()
     }
     if c.tie_embeddings:
-        del state["lm_head.weight"]
-    return model, state
+        state.pop("lm_head.weight", None)
+    return state
 
 
-def picture(seed, rows, cols):
-    """A random uint8 image of rows x cols patches."""
-    return np.random.default_rng(seed).integers(0, 256, (rows * PATCH, cols * PATCH, 3), np.uint8)
+class Picture(NamedTuple):
+    """An image of rows x cols merged patches."""
 
-
-def merge_order(rows, cols):
-    order = np.arange(rows * cols).reshape(rows // MERGE, MERGE, cols // MERGE, MERGE).transpose(0, 2, 1, 3).reshape(-1)
-    return order // cols, order % cols
-
-
-def our_patches(image):
-    """`[patches, P]` in merge order, with rows and columns."""
-    height, width = (side // PATCH for side in image.shape[:2])
-    rows, cols = merge_order(height, width)
-    tiles = image.reshape(height, PATCH, width, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(height, width, -1)
-    return tiles[rows, cols], rows, cols
-
-
-def their_patches(image):
-    """The published processor, written out: normalised, two equal frames, ordered (channel, time, row, column)."""
-    x = ((image / 255.0 - qwen_vl.IMAGE_MEAN) / qwen_vl.IMAGE_STD).astype(np.float32)
-    height, width = (side // PATCH for side in image.shape[:2])
-    x = np.stack([x, x]).reshape(2, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
-    x = x.transpose(1, 4, 2, 5, 7, 0, 3, 6)
-    return torch.from_numpy(np.ascontiguousarray(x.reshape(height * width, -1)))
-
-
-class Prompts:
-    """Rows of text (lists of ids) and images, right-padded, in both forms."""
-
-    def __init__(self, rows):
-        self.ids, kinds, source, values, patch_meta = [], [], [], [], []
-        self.positions, self.their_pixels, self.their_grids = [], [], []
-        length = 0
-        for row in rows:
-            ids, kind, position, frame, origin, tiles, meta = [], [], [], 0, [], [], []
-            at = 0
-            for part in row:
-                if isinstance(part, list):
-                    ids += part
-                    kind += [TEXT] * len(part)
-                    position += [(at + i,) * 3 for i in range(len(part))]
-                    origin += [0] * len(part)
-                    at += len(part)
-                    continue
-                patches, patch_rows, patch_cols = our_patches(part)
-                height, width = (side // PATCH // MERGE for side in part.shape[:2])
-                ids += [IMAGE_ID] * (height * width)
-                kind += [IMAGE] * (height * width)
-                position += [(at, at + i // width, at + i % width) for i in range(height * width)]
-                origin += list(
-                    range(sum(map(len, tiles)) // MERGE**2, (sum(map(len, tiles)) + len(patches)) // MERGE**2)
-                )
-                at += max(height, width)
-                tiles.append(patches)
-                meta += [(0, frame, IMAGE, r, c) for r, c in zip(patch_rows, patch_cols)]
-                frame += 1
-                self.their_pixels.append(their_patches(part))
-                self.their_grids.append((1, height * MERGE, width * MERGE))
-            self.ids.append(ids)
-            kinds.append(kind)
-            source.append(origin)
-            self.positions.append(position)
-            values.append(np.concatenate(tiles) if tiles else np.zeros((0, PATCH**2 * 3), np.uint8))
-            patch_meta.append(np.array(meta, np.int32).reshape(-1, 5))
-            length = max(length, len(ids))
-        patches = max(map(len, values))
-        self.ids = _pad(self.ids, length)
-        kinds = _pad(kinds, length, PAD)
-        zeros, index = np.zeros_like(kinds), np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
-        self.valid = kinds != PAD
-        self.meta = TokenMeta(zeros, zeros, kinds, zeros, zeros, index)
-        self.source, self.positions = _pad(source, length), _pad(self.positions, length, (0, 0, 0))
-        self.patches = np.stack([np.pad(x, ((0, patches - len(x)), (0, 0))) for x in values])
-        fields = np.stack([np.pad(x, ((0, patches - len(x)), (0, 0))) for x in patch_meta])
-        self.patch_meta = TokenMeta(
-            *np.moveaxis(fields, -1, 0), np.tile(np.arange(patches, dtype=np.int32), (len(rows), 1))
-        )
-
-
-def _pad(rows, length, fill=0):
-    return np.array([list(row) + [fill] * (length - len(row)) for row in rows], np.int32)
-
-
-def run_ours(model, prompts):
-    queries = jnp.zeros((1, model.config.width))
-    p = prompts
-    x = model.embed(p.ids, p.meta, p.source, p.patches, p.patch_meta, queries)
-    hidden = model.decode(x, p.meta, p.positions)
-    return hidden, model.logits(hidden)
-
-
-def run_theirs(model, prompts):
-    ids = torch.from_numpy(prompts.ids).long()
-    arguments = dict(input_ids=ids, attention_mask=torch.from_numpy(prompts.valid).long())
-    if prompts.their_pixels:
-        arguments["pixel_values"] = torch.cat(prompts.their_pixels)
-        arguments["image_grid_thw"] = torch.tensor(prompts.their_grids)
-        arguments["mm_token_type_ids"] = (ids == IMAGE_ID).int()
-    with torch.no_grad():
-        out = model(**arguments, output_hidden_states=True)
-    return out.hidden_states[-1].numpy(), out.logits.numpy()
+    seed: int
+    rows: int
+    cols: int
 
 
 def text(seed, length):
@@ -208,95 +146,265 @@ def text(seed, length):
 
 
 START, END = [START_ID], [END_ID]
-# 600 tokens and more; three images of different sizes: windows that divide them or not, and one inside a window.
+# More than 600 tokens; images of different sizes: windows that divide them or not, and one inside a window.
 LONG = [
     [*text(0, 20), *START],
-    picture(1, 6, 10),
+    Picture(1, 3, 5),
     [*END, *text(1, 300), *START],
-    picture(2, 8, 4),
+    Picture(2, 4, 2),
     [*END, *text(2, 250), *START],
-    picture(3, 2, 2),
+    Picture(3, 1, 1),
     [*END, *text(3, 30)],
 ]
-SHORT = [[*text(4, 5), *START], picture(4, 4, 6), [*END, *text(5, 40)]]
+SHORT = [[*text(4, 5), *START], Picture(4, 2, 3), [*END, *text(5, 40)]]
+FIRST = [START, Picture(5, 2, 2), [*END, *START], Picture(6, 1, 4), [*END, *text(7, 9)]]
 PLAIN = [text(6, 77)]
+BATCH = [LONG, SHORT, PLAIN, FIRST]
 
 
-def difference(ours, theirs, valid):
-    return max(float(np.abs((np.asarray(a) - b)[valid]).max()) for a, b in zip(ours, theirs))
+def arrays(c, rows, side="right"):
+    """What the published processor makes of rows of text (lists of ids) and pictures."""
+    ids, pixels, grids = [], [], []
+    patch, merge = c.vision.patch_size, c.vision.merge_size
+    for row in rows:
+        ids.append([])
+        for part in row:
+            if isinstance(part, Picture):
+                ids[-1] += [IMAGE_ID] * (part.rows * part.cols)
+                shape = (part.rows * part.cols * merge**2, 6 * patch**2)
+                pixels.append(np.random.default_rng(part.seed).normal(size=shape).astype(np.float32))
+                grids.append((1, part.rows * merge, part.cols * merge))
+            else:
+                ids[-1] += part
+    length = max(map(len, ids))
+    before = [length - len(row) if side == "left" else 0 for row in ids]
+    made = dict(input_ids=np.full((len(ids), length), 7), attention_mask=np.zeros((len(ids), length), int))
+    for number, (row, start) in enumerate(zip(ids, before)):
+        made["input_ids"][number, start : start + len(row)] = row
+        made["attention_mask"][number, start : start + len(row)] = 1
+    if pixels:
+        made |= dict(pixel_values=np.concatenate(pixels), image_grid_thw=np.array(grids))
+    return made
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("scan", "implementation"), [(True, "blockwise"), (False, "dense")])
-def test_prompts(tied, scan, implementation, monkeypatch, record_property):
+def run_theirs(theirs, given):
+    return theirs(**tensors(given)).logits.float()
+
+
+def tensors(given):
+    made = {name: torch.from_numpy(value) for name, value in given.items()}
+    if "pixel_values" in made:
+        made["mm_token_type_ids"] = (made["input_ids"] == IMAGE_ID).int()
+    return made
+
+
+def make_model(c, **changes):
+    settings = dict(compute_dtype="float32", frozen_dtype="float32", attention="dense", scan_layers=True, remat="none")
+    return qwen_vl.QwenVLModel(c, config.Execution(**settings | changes))
+
+
+def shapes(model):
+    prompts = prepare(model.config, arrays(model.config, [SHORT]))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), prompts)["params"]
+    return jax.tree.map(lambda leaf: leaf.unbox(), boxed, is_leaf=lambda leaf: hasattr(leaf, "unbox"))
+
+
+def load(model, state):
+    return reference.load(reference.qwen_vl(model.config), state, shapes(model))
+
+
+def prepare(c, given):
+    return qwen_vl.prepare(c, **given, image_token=IMAGE_ID)
+
+
+def difference(ours, theirs, given):
+    valid = given["attention_mask"].astype(bool)
+    return float(np.abs((np.asarray(ours) - theirs)[valid]).max())
+
+
+# --- Values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tied", {}),
+        ("untied", dict(attention="blockwise")),
+        ("odd widths", dict(scan_layers=False)),
+        ("a key head for each query head", {}),
+        ("merging 3 x 3, windows only", dict(attention="blockwise", scan_layers=False)),
+    ],
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits(name, changes, side, monkeypatch, record_property):
     monkeypatch.setattr(attention_lib, "BLOCK", 64)
-    c = make_config(tied)
+    c = CONFIGS[name]
     theirs, state = make_reference(c)
-    model = qwen_vl.QwenVLModel(c, config.Execution("float32", "float32", implementation, scan, "none"))
-    prompts = Prompts([LONG, SHORT, PLAIN])
-    assert prompts.ids.shape[1] > 600
-    like = _unboxed(jax.eval_shape(lambda key: model.init(key, prompts, method=run_ours), jax.random.key(0)))["params"]
-    params = reference.load(reference.qwen_vl(c), state, like)
-    ours = jax.jit(lambda params: model.apply({"params": params}, prompts, method=run_ours))(params)
-    expected = run_theirs(theirs, prompts)
-    assert np.abs(expected[0]).mean() > 0.1
-    found = difference(ours, expected, prompts.valid)
+    model = make_model(c, **changes)
+    given = arrays(c, BATCH, side)
+    assert given["input_ids"].shape[1] > 600
+    with torch.no_grad():
+        expected = run_theirs(theirs, given).numpy()
+    ours = qwen_vl.forward(model, load(model, state), **given, image_token=IMAGE_ID)
+    found = difference(ours, expected, given)
+    record_property("max_difference", found)
+    assert 0.3 < expected.std() < 3
+    assert found < TOLERANCE
+
+
+def test_text_alone(record_property):
+    theirs, state = make_reference(TIED)
+    given = arrays(TIED, [PLAIN, [text(8, 30)]])
+    with torch.no_grad():
+        expected = run_theirs(theirs, given).numpy()
+    model = make_model(TIED)
+    found = difference(qwen_vl.forward(model, load(model, state), **given), expected, given)
     record_property("max_difference", found)
     assert found < TOLERANCE
+
+
+def test_misplaced_second_image_is_noticed():
+    theirs, state = make_reference(TIED)
+    given, model = arrays(TIED, [LONG]), make_model(TIED)
+    with torch.no_grad():
+        expected = run_theirs(theirs, given).numpy()
+    prompts = prepare(TIED, given)
+    second = (prompts.meta.kind == IMAGE) & (prompts.source >= 15) & (prompts.source < 23)
+    assert second.sum() == 8
+    broken = prompts._replace(positions=prompts.positions + second[..., None])
+    assert difference(qwen_vl._forward(model, load(model, state), broken), expected, given) > 100 * TOLERANCE
 
 
 def test_vision_tower(record_property):
     """The tower alone: window attention, rotary code and merger, over several images that are packed with padding."""
-    c = make_config(False)
+    c = CONFIGS["untied"]
     theirs, state = make_reference(c)
-    prompts = Prompts([LONG, SHORT])
-    tower = qwen_vl.VisionTower(c.vision, c.width, config.Execution("float32", "float32", "dense", True, "none"))
-    table = [entry for entry in reference.qwen_vl(c) if entry.theirs.startswith("visual")]
-    table = [entry._replace(ours=tuple(path.removeprefix("vision/") for path in entry.ours)) for entry in table]
-    like = _unboxed(jax.eval_shape(tower.init, jax.random.key(0), prompts.patches, prompts.patch_meta))["params"]
-    params = reference.load(table, {name: x for name, x in state.items() if name.startswith("visual")}, like)
-    ours = jax.jit(tower.apply)({"params": params}, prompts.patches, prompts.patch_meta)
+    given, model = arrays(c, BATCH), make_model(c)
+    params, prompts = load(model, state), prepare(c, given)
+
+    def merged(vision):
+        tower = qwen_vl.VisionTower(vision, c.width, model.execution)
+        tokens = jax.jit(tower.apply)({"params": params["vision"]}, prompts.patches, prompts.patch_meta)
+        return np.asarray(tokens)[prompts.patch_meta.kind[:, :: vision.merge_size**2] == IMAGE]
+
     with torch.no_grad():
-        out = theirs.model.visual(torch.cat(prompts.their_pixels), torch.tensor(prompts.their_grids))
+        out = theirs.model.visual(torch.from_numpy(given["pixel_values"]), torch.from_numpy(given["image_grid_thw"]))
     expected = out.pooler_output.numpy()
-    merged = prompts.patch_meta.kind[:, :: MERGE**2] == IMAGE
-    found = float(np.abs(np.asarray(ours)[merged] - expected).max())
+    found = float(np.abs(merged(c.vision) - expected).max())
     record_property("max_difference", found)
-    assert expected.shape[0] == merged.sum()
     assert found < TOLERANCE
-
-    without_windows = qwen_vl.VisionTower(dataclasses.replace(c.vision, window_size=1024), c.width, tower.execution)
-    other = jax.jit(without_windows.apply)({"params": params}, prompts.patches, prompts.patch_meta)
-    assert np.abs(np.asarray(other)[merged] - expected).max() > 0.01
+    assert np.abs(merged(dataclasses.replace(c.vision, window_size=1024)) - expected).max() > 0.01
 
 
-def test_positions_are_those_of_the_published_code():
-    theirs, _ = make_reference(make_config(True))
-    prompts = Prompts([LONG, SHORT, PLAIN])
-    ids = torch.from_numpy(prompts.ids).long()
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_positions_are_those_of_the_published_code(name, side):
+    c = CONFIGS[name]
+    theirs, _ = make_reference(c)
+    given = arrays(c, BATCH, side)
+    made = tensors(given)
     positions, _ = theirs.model.get_rope_index(
-        ids,
-        (ids == IMAGE_ID).int(),
-        torch.tensor(prompts.their_grids),
-        attention_mask=torch.from_numpy(prompts.valid).long(),
+        made["input_ids"], made["mm_token_type_ids"], made["image_grid_thw"], attention_mask=made["attention_mask"]
     )
-    np.testing.assert_array_equal(positions.permute(1, 2, 0).numpy()[prompts.valid], prompts.positions[prompts.valid])
+    valid = given["attention_mask"].astype(bool)
+    ours = prepare(c, given).positions
+    np.testing.assert_array_equal(positions.permute(1, 2, 0).numpy()[valid], ours[valid])
 
 
-def test_patches_of_the_layout_are_in_the_same_order():
-    image = picture(7, 8, 8)
-    patches, rows, cols = our_patches(image)
-    np.testing.assert_array_equal(image_lib.patches(image, PATCH, MERGE), patches)
-    chex.assert_trees_all_equal(image_lib.merge_order(8, MERGE), (rows, cols))
+# --- Gradients and precision ------------------------------------------------------------------------------------------
+
+
+def test_gradients(record_property):
+    """Of every parameter, the vision tower's included, for a random projection of the logits."""
+    c = CONFIGS["odd widths"]
+    theirs, state = make_reference(c)
+    given, model = arrays(c, [SHORT, FIRST, PLAIN]), make_model(c)
+    valid = given["attention_mask"].astype(bool)[..., None]
+    weights = np.random.default_rng(0).normal(size=(*valid.shape[:2], c.vocab_size)).astype(np.float32)
+    weights = weights * valid / np.sqrt(weights.size)
+    theirs.zero_grad()
+    (run_theirs(theirs, given) * torch.from_numpy(weights)).sum().backward()
+    gradients = published_state(c, {name: parameter.grad for name, parameter in theirs.named_parameters()})
+    expected = reference.load(reference.qwen_vl(c), gradients, shapes(model))
+    ours = gradient(model, load(model, state), prepare(c, given), weights)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    found = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), ours, expected)
+    record_property("max_difference", max(jax.tree.leaves(found)))
+    record_property("scale", scale)
+    assert 0.3 < scale < 30
+    assert max(jax.tree.leaves(found)) < TOLERANCE
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+
+
+def gradient(model, params, prompts, weights):
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, prompts) * weights)
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(remat="dots"), dict(remat="full"), dict(scan_layers=False), dict(scan_layers=False, remat="full")]
+)
+def test_gradients_do_not_depend_on_how_the_program_runs(changes):
+    c = CONFIGS["untied"]
+    _, state = make_reference(c)
+    given = arrays(c, [SHORT, FIRST])
+    weights = np.random.default_rng(0).normal(size=(*given["input_ids"].shape, c.vocab_size)).astype(np.float32)
+    weights *= given["attention_mask"][..., None] / np.sqrt(weights.size)
+    arguments = (load(make_model(c), state), prepare(c, given), weights)
+    chex.assert_trees_all_close(
+        gradient(make_model(c, **changes), *arguments), gradient(make_model(c), *arguments), atol=2e-5
+    )
+
+
+def test_bfloat16_is_as_close_to_the_truth_as_the_published_code(record_property):
+    c = CONFIGS["untied"]
+    theirs, state = make_reference(c)
+    given, model = arrays(c, BATCH), make_model(c, compute_dtype="bfloat16")
+    valid = given["attention_mask"].astype(bool)
+    with torch.no_grad():
+        truth = run_theirs(theirs, given).numpy()[valid]
+        half = transformers.Qwen2_5_VLForConditionalGeneration(published_config(c)).eval().bfloat16()
+        half.load_state_dict(theirs.state_dict())
+        published = run_theirs(half, given).numpy()[valid]
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), load(model, state))
+    ours = np.asarray(qwen_vl.forward(model, params, **given, image_token=IMAGE_ID))[valid]
+    errors = {name: float(np.sqrt(np.mean((x - truth) ** 2))) for name, x in (("ours", ours), ("theirs", published))}
+    for name, error in errors.items():
+        record_property(name, error)
+    assert 0 < errors["ours"] < 1.5 * errors["theirs"]
+
+
+# --- Shapes and mistakes ----------------------------------------------------------------------------------------------
+
+
+def published(width, depth, heads, kv_heads, mlp_width, vocab_size, tied):
+    vision = config.QwenVision(1280, 32, 16, 3420, 14, 2, 112, (7, 15, 23, 31))
+    return config.QwenVL(
+        width, depth, heads, mlp_width, vocab_size, kv_heads, (16, 24, 24), 1e6, 1e-6, tied, vision
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("c", "count"),
+    [
+        (published(2048, 36, 16, 2, 11008, 151936, True), 3_754_622_976),
+        (published(3584, 28, 28, 4, 18944, 152064, False), 8_292_166_656),
+    ],
+    ids=["3B", "7B"],
+)
+def test_parameter_counts(c, count):
+    with torch.device("meta"):
+        theirs = transformers.Qwen2_5_VLForConditionalGeneration(published_config(c))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == count
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(make_model(c)))) == count
 
 
 def test_round_trip_of_the_table():
-    c = make_config(False)
+    c = CONFIGS["untied"]
     _, state = make_reference(c)
-    model = qwen_vl.QwenVLModel(c, config.Execution("float32", "float32", "dense", True, "none"))
-    prompts = Prompts([SHORT])
-    like = _unboxed(jax.eval_shape(lambda key: model.init(key, prompts, method=run_ours), jax.random.key(0)))["params"]
-    table = reference.qwen_vl(c)
+    like, table = shapes(make_model(c)), reference.qwen_vl(c)
     chex.assert_trees_all_equal(reference.export(table, reference.load(table, state, like)), state)
     with pytest.raises(ValueError, match=r"left over: theirs .'extra'"):
         reference.load(table, state | {"extra": state["model.norm.weight"]}, like)
@@ -304,5 +412,31 @@ def test_round_trip_of_the_table():
         reference.load([entry for entry in table if entry.theirs != "model.norm.weight"], state, like)
 
 
-def _unboxed(tree):
-    return jax.tree.map(lambda leaf: leaf.unbox(), tree, is_leaf=lambda leaf: hasattr(leaf, "unbox"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given["image_grid_thw"].__setitem__((0, 0), 2), "2 time steps, a video"),
+        (lambda given: given["image_grid_thw"].__setitem__((0, 1), 3), "multiple of 2 patches"),
+        (lambda given: given["image_grid_thw"].__setitem__((0, 1), 6), r"\[6, 8\] image tokens a row"),
+        (lambda given: given["input_ids"].__setitem__((0, 0), 300), "reach 300, outside the vocabulary of 300"),
+        (lambda given: given.update(pixel_values=given["pixel_values"][1:]), r"shape \(55, 96\)"),
+        (lambda given: given.update(pixel_values=None), r"shape \(0, 96\)"),
+        (lambda given: given.update(image_grid_thw=None), r"images of \[\]"),
+    ],
+)
+def test_mistakes_are_explained(change, message):
+    given = arrays(TIED, [SHORT, FIRST])
+    change(given)
+    with pytest.raises(UserError, match=message):
+        prepare(TIED, given)
+
+
+def test_pixels_may_be_traced():
+    _, state = make_reference(TIED)
+    given, model = arrays(TIED, [SHORT]), make_model(TIED)
+    params, pixels = load(model, state), given.pop("pixel_values")
+
+    def total(pixels):
+        return qwen_vl.forward(model, params, pixel_values=pixels, **given, image_token=IMAGE_ID).sum()
+
+    assert np.abs(jax.grad(total)(pixels)).min(axis=1).max() > 0
