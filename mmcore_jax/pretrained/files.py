@@ -117,7 +117,9 @@ def _read_shards(index: pathlib.Path) -> dict[str, Stored]:
         stored |= read_header(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in stored or stored[name].file.name != shard:
-            raise UserError(f"the tensor {name!r} is not in {index.parent / shard}, where {index.name} puts it: {_AGAIN}.")
+            raise UserError(
+                f"the tensor {name!r} is not in {index.parent / shard}, where {index.name} puts it: {_AGAIN}."
+            )
     return stored
 
 
@@ -153,19 +155,34 @@ def _check_extent(file: pathlib.Path, stored: dict[str, Stored], begin: int, siz
     for name, tensor in stored.items():
         if not begin <= tensor.start <= tensor.stop <= size:
             raise UserError(f"{file} is cut short, its tensor {name!r} goes beyond the end: {_AGAIN}.")
-        if tensor.dtype in DTYPES and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.stop - tensor.start:
+        if (
+            tensor.dtype in DTYPES
+            and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.stop - tensor.start
+        ):
             raise UserError(f"{file} is damaged, its tensor {name!r} has another size than its shape: {_AGAIN}.")
     if max((tensor.stop for tensor in stored.values()), default=begin) != size:
         raise UserError(f"{file} is damaged, it goes on after its last tensor: {_AGAIN}.")
 
 
 class Settings(dict):
-    """An object of a JSON file, which a missing key names."""
+    """An object of a JSON file; a key that it lacks is a mistake that names the file."""
 
-    file: pathlib.Path
+    def __init__(self, values: Mapping[str, Any], file: pathlib.Path) -> None:
+        super().__init__(values)
+        self.file = file
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file} has no {key!r}: fetch the file again.")
+        raise UserError(f"{self.file} has no {key!r}: {_AGAIN}.")
+
+    def over(self, defaults: Mapping[str, Any]) -> "Settings":
+        """These settings, and `defaults` where they are silent."""
+        return Settings({**defaults, **self}, self.file)
+
+    def require(self, **implemented: Any) -> None:
+        """Raises `UserError` for a setting that has another value than the one that is implemented."""
+        for key, value in implemented.items():
+            if self[key] != value:
+                raise UserError(f"{self.file} has {key} {self[key]!r}, but only {value!r} is implemented.")
 
 
 def read_json(file: pathlib.Path) -> Settings:
@@ -174,16 +191,10 @@ def read_json(file: pathlib.Path) -> Settings:
     Raises:
       UserError: if it is missing or damaged; and later, for a key that it lacks.
     """
-
-    def settings(values: dict) -> Settings:
-        made = Settings(values)
-        made.file = file
-        return made
-
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch it, and put it beside the weights.")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_hook=settings)
+        value = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Settings(values, file))
     except ValueError as error:
         raise UserError(f"{file} is no valid JSON: {_AGAIN}.") from error
     if not isinstance(value, Settings):

@@ -98,6 +98,11 @@ def layer_norm(theirs: str, ours: str, layers: int = 0) -> Iterator[Entry]:
     yield Entry(f"{theirs}.bias", (f"{ours}/bias",), SAME, layers)
 
 
+def layer_range(first: int, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The same entries, whose layers theirs counts from `first` on."""
+    return (entry._replace(first=first) for entry in entries)
+
+
 # --- Theirs to ours ---------------------------------------------------------------------------------------------------
 
 
@@ -105,10 +110,9 @@ def load(
     entries: Iterable[Entry],
     tensors: Mapping[str, np.ndarray],
     like: Any,
-    dtype: Any = None,
     where: Callable[[str], str] = repr,
 ) -> Any:
-    """Their tensors as a parameter tree of the structure, shapes and shardings of `like`.
+    """Their tensors as a parameter tree of the structure, shapes, dtypes and shardings of `like`.
 
     One parameter after another is put together on the host, by the slices that the devices of this process hold.
 
@@ -116,7 +120,6 @@ def load(
       entries: the table.
       tensors: theirs by name; views of mapped files are read only where they are sliced.
       like: tree of `jax.ShapeDtypeStruct`; one without a sharding goes to the first device.
-      dtype: of the parameters; None keeps theirs.
       where: describes one of their tensors in an error.
 
     Raises:
@@ -128,7 +131,7 @@ def load(
     tree = {}
     for entry, i in progress(leaves, len(leaves), "loading parameters"):
         path = entry.ours[i]
-        tree[path] = _load_leaf(entry, i, tensors, expected[path], dtype)
+        tree[path] = _load_leaf(entry, i, tensors, expected[path])
     return unflatten_dict(tree, sep="/")
 
 
@@ -153,15 +156,24 @@ def check(
                 )
 
 
-def _load_leaf(entry: Entry, part: int, tensors: Mapping[str, np.ndarray], like: Any, dtype: Any) -> jax.Array:
+def stored_dtypes(entries: Iterable[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
+    """The dtype of each of our parameters that holds what is stored; for a stack, of all its layers."""
+    dtypes = {}
+    for entry in entries:
+        found = [tensors[name].dtype for name in entry.names if name in tensors]
+        dtypes |= dict.fromkeys(entry.ours, np.result_type(*(found or [np.float32])))
+    return dtypes
+
+
+def _load_leaf(entry: Entry, part: int, tensors: Mapping[str, np.ndarray], like: Any) -> jax.Array:
     """One of our parameters, whose slices are made once for all devices that hold the same."""
-    dtype = np.dtype(dtype or np.result_type(*(tensors[name].dtype for name in entry.names)))
     slices: dict[tuple, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, like.shape))
         if bounds not in slices:
-            slices[bounds] = _read_slice(entry, part, tensors, index, [stop - start for start, stop in bounds], dtype)
+            shape = [stop - start for start, stop in bounds]
+            slices[bounds] = _read_slice(entry, part, tensors, index, shape, like.dtype)
         return slices[bounds]
 
     sharding = like.sharding or SingleDeviceSharding(jax.local_devices()[0])
