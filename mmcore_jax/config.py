@@ -364,7 +364,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. `init` maps each part to "random" or to the workdir of the stage that made it."""
+    """A run. `init` maps each part to "random", the workdir of the stage that made it, or a published checkpoint."""
 
     stage: str
     recipe: str
@@ -412,6 +412,11 @@ def from_json(path: str | pathlib.Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} does not exist: {path.parent} is not the workdir of a run.")
     return _convert(Config, json.loads(path.read_text()), "config", str(path))
+
+
+def from_dict(expected: Any, value: dict, path: str, file: str | pathlib.Path) -> Any:
+    """Converts plain settings, which `file` keeps under `path`, into the type `expected`."""
+    return _convert(expected, value, path, str(file))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

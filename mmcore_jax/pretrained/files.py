@@ -35,8 +35,9 @@ _AGAIN = "fetch the file again"
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor lies, and its name there."""
 
+    name: str
     file: pathlib.Path
     dtype: str
     shape: tuple[int, ...]
@@ -73,10 +74,11 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._stored)
 
     def where(self, name: str) -> str:
-        """A name, and the file that it lies in or is missing from."""
+        """The name of a tensor, and the file that it lies in, or the file or directory that it is missing from."""
+        if name in self._stored:
+            return f"{self._stored[name].name!r} of {self._stored[name].file}"
         files = {tensor.file for tensor in self._stored.values()}
-        file = self._stored[name].file if name in self._stored else min(files)
-        return f"{name!r} of {file if name in self._stored or len(files) == 1 else file.parent}"
+        return f"{name!r} of {min(files) if len(files) == 1 else min(files).parent}"
 
     def _give_back(self, following: Stored) -> None:
         if self._last:
@@ -139,16 +141,16 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
             header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
             begin = _LENGTH.size + length
-            stored = {name: _stored(file, begin, **fields) for name, fields in header.items()}
+            stored = {name: _stored(name, file, begin, **fields) for name, fields in header.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} has a header that is damaged: {_AGAIN}.") from error
     _check_extent(file, stored, begin, size)
     return stored
 
 
-def _stored(file: pathlib.Path, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+def _stored(name: str, file: pathlib.Path, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
     start, stop = data_offsets
-    return Stored(file, dtype, tuple(shape), begin + start, begin + stop)
+    return Stored(name, file, dtype, tuple(shape), begin + start, begin + stop)
 
 
 def _check_extent(file: pathlib.Path, stored: dict[str, Stored], begin: int, size: int) -> None:

@@ -10,14 +10,14 @@ A family is a file of this package and a line in `FAMILIES`.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Execution, UserError
@@ -81,9 +81,12 @@ def load(
       UserError: naming the file, and the tensor, that is missing, damaged or not what config.json says.
     """
     published = open_published(directory, component)
-    like = abstract_params(published.family, published.config, execution, mesh)
-    params = read(published, published.config, like, dtype)
-    return Pretrained(published.family, published.settings, published.config, params, execution)
+    family, config = published.family, published.config
+    tensors, entries = open_tensors(published, config), family.entries(config)
+    dtypes = dict.fromkeys(table.paths(entries), dtype) if dtype else table.stored_dtypes(entries, tensors)
+    like = abstract_params(family, config, execution, mesh, dtypes)
+    params = table.load(entries, tensors, like, tensors.where)
+    return Pretrained(family, published.settings, config, params, execution)
 
 
 def is_published(directory: str | pathlib.Path) -> bool:
@@ -135,41 +138,70 @@ def _component(directory: pathlib.Path, component: str | None) -> pathlib.Path:
     return directory / component
 
 
-def abstract_params(family: Family, config: Any, execution: Execution = EXECUTION, mesh: Mesh | None = None) -> Any:
-    """Shapes, and the shardings on a mesh, of the parameters of a network: a tree of `jax.ShapeDtypeStruct`."""
+def open_part(directory: str | pathlib.Path, part: str) -> Published:
+    """Recognises a published checkpoint, or the component of a pipeline, that is to be a part of MMCORE.
+
+    Raises:
+      UserError: as `open_published`, and if it is of a family that cannot be this part.
+    """
+    components = {family.part: family.component for family in FAMILIES}
+    is_pipeline = (pathlib.Path(directory) / PIPELINE).is_file()
+    published = open_published(directory, components.get(part) if is_pipeline else None)
+    if published.family.part != part:
+        raise UserError(f"{directory} is of the family {published.family.name}, which cannot be the part {part!r}.")
+    return published
+
+
+def abstract_params(
+    family: Family,
+    config: Any,
+    execution: Execution = EXECUTION,
+    mesh: Mesh | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+) -> Any:
+    """Shapes, and the shardings on a mesh, of the parameters of a network: a tree of `jax.ShapeDtypeStruct`.
+
+    Args:
+      family: of the network.
+      config: our dataclass.
+      execution: how the network runs.
+      mesh: None is the first device alone.
+      dtypes: by path; None is float32.
+    """
     model = family.model(config, execution)
     boxed = jax.eval_shape(functools.partial(family.init, model), jax.random.key(0))["params"]
+    flat = flatten_dict(nn.unbox(boxed), sep="/")
     if mesh is None:
-        return nn.unbox(boxed)
-    shardings = sharding.parameter_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), nn.unbox(boxed), shardings
-    )
+        shardings = dict.fromkeys(flat, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        shardings = flatten_dict(sharding.parameter_shardings(boxed, mesh), sep="/")
+    placed = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path] if dtypes else leaf.dtype, sharding=shardings[path])
+        for path, leaf in flat.items()
+    }
+    return unflatten_dict(placed, sep="/")
 
 
-def read(published: Published, config: Any, like: Any, dtype: Any = None) -> Any:
-    """Reads the parameters that a network of `config` has, in the shapes and shardings of `like`.
+def read(published: Published, config: Any, like: Any) -> Any:
+    """Reads the parameters that a network of `config` has, in the shapes, dtypes and shardings of `like`.
 
     Args:
       published: the checkpoint; tensors of a part that `config` sets to None stay unread.
       config: agrees with that of the checkpoint, see `differences`.
       like: tree of `jax.ShapeDtypeStruct`.
-      dtype: of the parameters; None keeps what is stored.
     """
+    tensors = open_tensors(published, config)
+    return table.load(published.family.entries(config), tensors, like, tensors.where)
+
+
+def open_tensors(published: Published, config: Any) -> files.Tensors:
+    """The tensors by the names of the key table, without those that a network of `config` does not read."""
     family = published.family
-    stored = files.open_tensors(published.directory, family.stem)
-    renamed = {name: family.rename(config, name) for name in stored}
-    buffers = family.buffers(config)
+    stored, buffers = files.open_tensors(published.directory, family.stem), family.buffers(config)
     for name, value in buffers.items():
         _check_buffer(stored, name, value)
-    wanted = {name: new for name, new in renamed.items() if new is not None and new not in buffers}
-    tensors, entries = stored.renamed(wanted), family.entries(config)
-    dtypes = table.stored_dtypes(entries, tensors)
-    placed = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype or dtypes[path], sharding=leaf.sharding)
-        for path, leaf in flatten_dict(like, sep="/").items()
-    }
-    return table.load(entries, tensors, unflatten_dict(placed, sep="/"), tensors.where)
+    renamed = {name: family.rename(config, name) for name in stored}
+    return stored.renamed({name: new for name, new in renamed.items() if new is not None and new not in buffers})
 
 
 def _check_buffer(stored: files.Tensors, name: str, value: np.ndarray) -> None:

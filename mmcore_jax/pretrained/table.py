@@ -156,6 +156,11 @@ def check(
                 )
 
 
+def paths(entries: Iterable[Entry]) -> list[str]:
+    """Our paths."""
+    return [path for entry in entries for path in entry.ours]
+
+
 def stored_dtypes(entries: Iterable[Entry], tensors: Mapping[str, np.ndarray]) -> dict[str, np.dtype]:
     """The dtype of each of our parameters that holds what is stored; for a stack, of all its layers."""
     dtypes = {}

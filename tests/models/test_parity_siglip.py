@@ -12,7 +12,8 @@ import transformers
 
 from mmcore_jax import config
 from mmcore_jax.models.siglip import SiglipModel
-from tests.models import reference
+from mmcore_jax.pretrained import siglip as keys
+from mmcore_jax.pretrained import table as key_table
 
 TOLERANCE = 1e-4
 CONFIG = config.Siglip(
@@ -66,7 +67,7 @@ def load(state, inputs, execution):
     model = SiglipModel(CONFIG, execution)
     like = jax.eval_shape(lambda key: model.init(key, *inputs, method=run_everything), jax.random.key(0))["params"]
     like = jax.tree.map(lambda leaf: leaf.unbox(), like, is_leaf=lambda leaf: hasattr(leaf, "unbox"))
-    return model, like, jax.tree.map(jnp.asarray, reference.load(reference.siglip(CONFIG), state, like))
+    return model, like, jax.tree.map(jnp.asarray, key_table.load(keys.entries(CONFIG), state, like))
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -119,9 +120,9 @@ def test_padding_does_not_matter(published, inputs):
 def test_tables(published, inputs):
     _, state = published
     _, like, params = load(state, inputs, config.Execution("float32", "float32", "dense", True, "none"))
-    chex.assert_trees_all_equal(reference.export(reference.siglip(CONFIG), params), state)
-    vision_only = reference.siglip(dataclasses.replace(CONFIG, text=None))
+    chex.assert_trees_all_equal(dict(key_table.export(keys.entries(CONFIG), params)), state)
+    vision_only = keys.entries(dataclasses.replace(CONFIG, text=None))
     vision_state = {name: x for name, x in state.items() if name.startswith("vision_model")}
     chex.assert_trees_all_equal(
-        reference.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"]
+        key_table.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"]
     )
