@@ -91,10 +91,14 @@ class SiglipText(Tower):
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVision(Tower):
-    """Vision tower of SigLIP. `image_size // patch_size` is the side of its table of positions, 16 for NaFlex."""
+    """Vision tower of SigLIP. `image_size // patch_size` is the side of its table of positions.
+
+    `naflex`: published as SigLIP2 NaFlex, which reads images of any grid of patches.
+    """
 
     image_size: int
     patch_size: int
+    naflex: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +176,7 @@ class AutoencoderKL:
     mid_attention: bool
     scaling_factor: float
     shift_factor: float
-    tile: int
+    tile: int = dataclasses.field(metadata={"of_weights": False})
 
     @property
     def downsampling(self) -> int:
@@ -391,7 +395,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. `init` maps each part to "random" or to the workdir of the stage that made it."""
+    """A run. `init` maps each part to "random", the workdir of the stage that made it, or a published checkpoint."""
 
     stage: str
     recipe: str
@@ -439,6 +443,11 @@ def from_json(path: str | pathlib.Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path} does not exist: {path.parent} is not the workdir of a run.")
     return _convert(Config, json.loads(path.read_text()), "config", str(path))
+
+
+def from_dict(expected: Any, value: dict, path: str, file: str | pathlib.Path) -> Any:
+    """Converts plain settings, which `file` keeps under `path`, into the type `expected`."""
+    return _convert(expected, value, path, str(file))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,18 +7,21 @@ parameters themselves are not written.
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import re
+import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmcore_jax import config as config_lib
-from mmcore_jax import sharding
-from mmcore_jax.config import Config, UserError
+from mmcore_jax import pretrained, sharding
+from mmcore_jax.config import Config, Model, UserError
 from mmcore_jax.data import layout
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
@@ -26,6 +29,9 @@ from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
 RANDOM = "random"
+PART_FILE = "part.json"
+
+Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 class Checkpoints:
@@ -114,10 +120,18 @@ def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths:
     fresh = {part for part in touched if config.init[part] == RANDOM}
     params = random_params(config, model, plan, batch, fresh) if fresh else {}
     for part in sorted(touched - fresh):
-        if part == "vlm" and (kept := pathlib.Path(config.init[part]) / "tokenizer").is_dir():
-            check_same_tokenizer(config.data.tokenizer, kept)
-        params |= load_weights(config.init[part], part, plan, f"{config.stage} (config.init.{part})")
+        source, like = config.init[part], plan.part(part, config.execution.frozen_dtype)
+        if part == "vlm":
+            _check_tokenizer(config, pathlib.Path(source))
+        params |= load_weights(source, part, config.model, like, f"{config.stage} (config.init.{part})")
     return params
+
+
+def _check_tokenizer(config: Config, source: pathlib.Path) -> None:
+    """A run keeps its tokenizer in a directory, a published checkpoint among its files."""
+    for directory in (source / "tokenizer", source):
+        if (directory / "tokenizer.json").is_file():
+            check_same_tokenizer(config.data.tokenizer, directory)
 
 
 def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
@@ -132,45 +146,138 @@ def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
     plan = make_plan(config, model, mesh, layout.placeholder(config))
     params: Flat = {}
     for part in sorted({path.split("/")[0] for path in plan.shapes}):
-        params |= load_weights(str(workdir), part, plan, str(workdir))
+        like = plan.part(part, config.execution.frozen_dtype)
+        params |= load_weights(str(workdir), part, config.model, like, str(workdir))
     return config, model, join(params, Constants({}, _load_statistics(workdir, sharding.replicated(mesh))))
 
 
-def load_weights(source: str, part: str, plan: Plan, wanted_by: str) -> Flat:
-    """Loads one part's weights (EMA where kept) from the finished run in the workdir `source`, onto their shardings.
+def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
+    """Loads one part's weights, onto their shardings.
 
-    Where that run had the part frozen itself, its origin is followed.
+    Args:
+      source: the workdir of a finished run (its EMA where kept; where it had the part frozen itself, its origin is
+        followed), a part that `save_part` has written, or a published checkpoint.
+      part: of the model.
+      model: must agree with what the source says of the part.
+      like: shapes, dtypes and shardings of the part's parameters by path.
+      wanted_by: for errors.
 
     Raises:
-      UserError: if the run is missing or unfinished (naming the command that makes it), or its shapes differ.
+      UserError: if there is nothing at `source`, a run is unfinished (naming the command that makes it), or the
+        network there is another.
     """
-    workdir = pathlib.Path(source)
-    command = _command_for(workdir)
-    if not (workdir / "config.json").is_file():
+    directory = pathlib.Path(source)
+    if pretrained.is_published(directory):
+        return _load_published(directory, part, model, like, wanted_by)
+    if (directory / PART_FILE).is_file():
+        _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
+        return _restore_part(directory, 0, "params", like, wanted_by)
+    command = _command_for(directory)
+    if not (directory / "config.json").is_file():
         raise UserError(
-            f"{wanted_by} needs the part {part!r} from {source}, which does not exist: make it with {command}"
+            f"{wanted_by} needs the part {part!r} from {source}, which holds no weights: make it with {command} , or, "
+            "for a published checkpoint, fetch its config.json and *.safetensors files and put them there."
         )
-    config = config_lib.from_json(workdir / "config.json")
-    manager = _reader(workdir)
+    config = config_lib.from_json(directory / "config.json")
+    manager = _reader(directory)
     step = manager.latest_step() or 0
     if step < config.total_steps:
         raise UserError(f"{source} has reached step {step} of {config.total_steps}: finish it with {command}")
     item = "ema" if config.optimizer.ema_decay else "params"
-    available = manager.item_metadata(step)[item].tree
-    if not any(path.split("/")[0] == part for path in available):
+    if not any(path.split("/")[0] == part for path in manager.item_metadata(step)[item].tree):
         if config.init.get(part, RANDOM) == RANDOM:
             raise UserError(f"{source} has no part {part!r}, which {wanted_by} asks it for.")
-        return load_weights(config.init[part], part, plan, wanted_by)
-    wanted = {}
-    for path, expected in plan.shapes.items():
-        if path.split("/")[0] != part:
-            continue
+        return load_weights(config.init[part], part, model, like, wanted_by)
+    return _restore_part(directory, step, item, like, wanted_by)
+
+
+def _load_published(directory: pathlib.Path, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
+    published = pretrained.open_part(directory, part)
+    _check_same_network(str(directory), part, model, published.config, wanted_by)
+    params = pretrained.read(published, getattr(model, part), unflatten_dict(like, sep="/")[part])
+    return flatten_dict({part: params}, sep="/")
+
+
+def _check_same_network(source: str, part: str, model: Model, found: Any, wanted_by: str) -> None:
+    different = pretrained.differences(getattr(model, part), found, f"config.model.{part}")
+    if different:
+        listed = ", ".join(f"{path} is {ours!r} and must be {theirs!r}" for path, ours, theirs in different)
+        raise UserError(f"{wanted_by} names {source}, which has another network: {listed}.")
+
+
+def _restore_part(directory: pathlib.Path, step: int, item: str, like: Abstract, wanted_by: str) -> Flat:
+    manager = _reader(directory)
+    available = manager.item_metadata(step)[item].tree
+    for path, expected in like.items():
         shape = tuple(available[path].shape) if path in available else None
         if shape != expected.shape:
-            raise UserError(f"{source} has {path!r} of shape {shape}, but {wanted_by} expects {expected.shape}.")
-        wanted[path] = jax.ShapeDtypeStruct(expected.shape, expected.dtype, sharding=plan.shardings[path])
-    restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+            raise UserError(f"{directory} has {path!r} of shape {shape}, but {wanted_by} expects {expected.shape}.")
+    restore = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
+
+
+# --- A part by itself -------------------------------------------------------------------------------------------------
+
+
+def save_part(directory: pathlib.Path, part: str, config: Any, params: Any) -> None:
+    """Writes one part as a checkpoint that `config.init` can name: all of it, or nothing.
+
+    Args:
+      directory: to be made.
+      part: of MMCORE.
+      config: its settings, a dataclass of `config.py`.
+      params: its parameter tree.
+
+    Raises:
+      UserError: if the directory is there already or cannot be written.
+    """
+    with pretrained.new_directory(directory) as temporary:
+        record = {"part": part, "model": dataclasses.asdict(config)}
+        (temporary / PART_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        with ocp.CheckpointManager((temporary / "checkpoints").absolute()) as manager:
+            arrays = ocp.args.StandardSave(flatten_dict({part: params}, sep="/"))
+            manager.save(0, args=ocp.args.Composite(params=arrays))
+
+
+def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
+    """Loads one part of a finished run, or what `save_part` has written, onto the first device.
+
+    Returns:
+      its settings, a dataclass of `config.py`, and its parameter tree.
+
+    Raises:
+      UserError: if there is no such part.
+    """
+    if (directory / PART_FILE).is_file():
+        saved, config = _read_part(directory)
+        if part not in (None, saved):
+            raise UserError(f"{directory} has the part {saved!r} and not {part!r}.")
+        stored = _reader(directory).item_metadata(0)["params"].tree
+        dtypes = {path.partition("/")[2]: leaf.dtype for path, leaf in stored.items()}
+        part, model = saved, _model_of(saved, config)
+    else:
+        run = config_lib.from_json(directory / "config.json")
+        model, dtypes = run.model, None
+        held = [field.name for field in dataclasses.fields(model) if getattr(model, field.name) is not None]
+        if part not in held:
+            raise UserError(f"{directory} has no part {part!r}: choose --part from {', '.join(held)}.")
+        config = getattr(model, part)
+    like = pretrained.abstract_params(pretrained.family_of(config), config, dtypes=dtypes)
+    flat = load_weights(str(directory), part, model, flatten_dict({part: like}, sep="/"), str(directory))
+    return config, unflatten_dict(flat, sep="/")[part]
+
+
+def _read_part(directory: pathlib.Path) -> tuple[str, Any]:
+    record = json.loads((directory / PART_FILE).read_text())
+    expected = typing.get_type_hints(Model)[record["part"]]
+    return record["part"], config_lib.from_dict(expected, record["model"], "model", directory / PART_FILE)
+
+
+def _model_of(part: str, config: Any) -> Model:
+    return Model(**dict.fromkeys((field.name for field in dataclasses.fields(Model)), None) | {part: config})
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:

@@ -56,6 +56,16 @@ class Plan(NamedTuple):
     def frozen(self) -> list[str]:
         return [path for path, line in self.tuning.items() if line.frozen]
 
+    def part(self, name: str, frozen_dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of the parameters of one part, in the dtypes that the run keeps them in."""
+        return {
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, frozen_dtype if self.tuning[path].frozen else leaf.dtype, sharding=self.shardings[path]
+            )
+            for path, leaf in self.shapes.items()
+            if path.split("/")[0] == name
+        }
+
 
 def make_plan(config: Config, model: MMCORE, mesh: Mesh, batch: Any) -> Plan:
     """Evaluates shapes and shardings without making a single array; `batch` may be abstract."""

@@ -16,7 +16,8 @@ import torch
 from mmcore_jax import config
 from mmcore_jax.models.autoencoder import AutoencoderKLModel
 from mmcore_jax.nn import attention as attention_lib
-from tests.models import reference
+from mmcore_jax.pretrained import autoencoder_kl as keys
+from mmcore_jax.pretrained import table as key_table
 
 TOLERANCE = 1e-4
 # The peer's own error in bfloat16, times this, bounds ours.
@@ -89,7 +90,7 @@ def ours(name: str, dtype: str = "float32", attention: str = "dense", **changes)
     )
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
     like = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
-    return model, reference.load(reference.autoencoder_kl(c), published(name)[1], like)
+    return model, key_table.load(keys.entries(c), published(name)[1], like)
 
 
 def run(model: AutoencoderKLModel, params, method: str, x: np.ndarray):
@@ -196,7 +197,8 @@ def test_encode_and_decode_shift_and_scale():
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip_of_the_table(name):
     _, params = ours(name)
-    chex.assert_trees_all_equal(reference.export(reference.autoencoder_kl(CASES[name][0]), params), published(name)[1])
+    exported = dict(key_table.export(keys.entries(CASES[name][0]), params))
+    chex.assert_trees_all_equal(exported, published(name)[1])
 
 
 @pytest.mark.parametrize(

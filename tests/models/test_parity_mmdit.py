@@ -21,7 +21,8 @@ from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import NOISED, TEXT, TokenMeta
 from mmcore_jax.nn.patches import patchify, unpatchify
-from tests.models import reference
+from mmcore_jax.pretrained import mmdit as keys
+from mmcore_jax.pretrained import table as key_table
 
 TOLERANCE = 1e-4
 
@@ -118,9 +119,9 @@ def shapes_of(c):
 @functools.cache
 def load(name):
     c, state = CONFIGS[name], state_of(theirs(name))
-    for buffer in reference.mmdit_buffers(c):
+    for buffer in keys.buffers(c):
         del state[buffer]
-    return reference.load(reference.mmdit(c), state, shapes_of(c))
+    return key_table.load(keys.entries(c), state, shapes_of(c))
 
 
 def ours(c, params, run, images, context, timesteps, pooled):
@@ -252,7 +253,7 @@ def test_gradient_of_every_parameter(record_property):
     c, inputs = CONFIGS[name], make_inputs(CONFIGS[name], SIZES[name], 20)
     weight = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
     gradients = jax.jit(jax.grad(lambda params: jnp.mean(weight * ours(c, params, execution(), *inputs))))(load(name))
-    found = reference.export(reference.mmdit(c), jax.tree.map(np.asarray, gradients))
+    found = dict(key_table.export(keys.entries(c), jax.tree.map(np.asarray, gradients)))
     model = theirs(name)
     model.zero_grad()
     (torch.from_numpy(weight) * run_theirs(model, *inputs)).mean().backward()
@@ -277,7 +278,7 @@ def test_gradient_of_every_parameter(record_property):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_export_reloads_bit_by_bit(name):
     c = CONFIGS[name]
-    exported = reference.export(reference.mmdit(c), load(name)) | reference.mmdit_buffers(c)
+    exported = dict(key_table.export(keys.entries(c), load(name))) | keys.buffers(c)
     chex.assert_trees_all_equal(exported, state_of(theirs(name)))
     model = build(c)
     model.load_state_dict({path: torch.from_numpy(value.copy()) for path, value in exported.items()}, strict=True)
@@ -303,7 +304,7 @@ def test_published_shapes(name):
     assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
     expected = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), ours)
-    exported = reference.export(reference.mmdit(c), zeros)
+    exported = dict(key_table.export(keys.entries(c), zeros))
     assert {path: value.shape for path, value in exported.items()} == expected
 
 

@@ -18,7 +18,8 @@ from mmcore_jax.config import UserError
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn.masks import IMAGE
-from tests.models import reference
+from mmcore_jax.pretrained import qwen_vl as keys
+from mmcore_jax.pretrained import table as key_table
 
 TOLERANCE = 1e-4
 IMAGE_ID, START_ID, END_ID = 290, 291, 292
@@ -210,7 +211,7 @@ def shapes(model):
 
 
 def load(model, state):
-    return reference.load(reference.qwen_vl(model.config), state, shapes(model))
+    return key_table.load(keys.entries(model.config), state, shapes(model))
 
 
 def prepare(c, given):
@@ -325,7 +326,7 @@ def test_gradients(record_property):
     theirs.zero_grad()
     (run_theirs(theirs, given) * torch.from_numpy(weights)).sum().backward()
     gradients = published_state(c, {name: parameter.grad for name, parameter in theirs.named_parameters()})
-    expected = reference.load(reference.qwen_vl(c), gradients, shapes(model))
+    expected = key_table.load(keys.entries(c), gradients, shapes(model))
     ours = gradient(model, load(model, state), prepare(c, given), weights)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     found = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), ours, expected)
@@ -401,12 +402,12 @@ def test_parameter_counts(c, count):
 def test_round_trip_of_the_table():
     c = CONFIGS["untied"]
     _, state = make_reference(c)
-    like, table = shapes(make_model(c)), reference.qwen_vl(c)
-    chex.assert_trees_all_equal(reference.export(table, reference.load(table, state, like)), state)
-    with pytest.raises(ValueError, match=r"left over: theirs .'extra'"):
-        reference.load(table, state | {"extra": state["model.norm.weight"]}, like)
-    with pytest.raises(ValueError, match="decoder/norm/scale"):
-        reference.load([entry for entry in table if entry.theirs != "model.norm.weight"], state, like)
+    like, table = shapes(make_model(c)), keys.entries(c)
+    chex.assert_trees_all_equal(dict(key_table.export(table, key_table.load(table, state, like))), state)
+    with pytest.raises(ValueError, match=r"'extra' is left over"):
+        key_table.load(table, state | {"extra": state["model.norm.weight"]}, like)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        key_table.load([entry for entry in table if entry.theirs != "model.norm.weight"], state, like)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from mmcore_jax import config
 from mmcore_jax.models import siglip
 from mmcore_jax.models.siglip import SiglipModel
 from mmcore_jax.nn.patches import patchify
-from tests.models import reference
+from mmcore_jax.pretrained import siglip as keys
+from mmcore_jax.pretrained import table as key_table
 
 TOLERANCE = 1e-4
 CONFIG = config.Siglip(
@@ -78,7 +79,7 @@ def load(state, inputs, execution):
     model = SiglipModel(CONFIG, execution)
     like = jax.eval_shape(lambda key: model.init(key, *inputs, method=run_everything), jax.random.key(0))["params"]
     like = jax.tree.map(lambda leaf: leaf.unbox(), like, is_leaf=lambda leaf: hasattr(leaf, "unbox"))
-    return model, like, jax.tree.map(jnp.asarray, reference.load(reference.siglip(CONFIG), state, like))
+    return model, like, jax.tree.map(jnp.asarray, key_table.load(keys.entries(CONFIG), state, like))
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -131,11 +132,11 @@ def test_padding_does_not_matter(published, inputs):
 def test_tables(published, inputs):
     _, state = published
     _, like, params = load(state, inputs, config.Execution("float32", "float32", "dense", True, "none"))
-    chex.assert_trees_all_equal(reference.export(reference.siglip(CONFIG), params), state)
-    vision_only = reference.siglip(dataclasses.replace(CONFIG, text=None))
+    chex.assert_trees_all_equal(dict(key_table.export(keys.entries(CONFIG), params)), state)
+    vision_only = keys.entries(dataclasses.replace(CONFIG, text=None))
     vision_state = {name: x for name, x in state.items() if name.startswith("vision_model")}
     chex.assert_trees_all_equal(
-        reference.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"]
+        key_table.load(vision_only, vision_state, {"vision": like["vision"]})["vision"], params["vision"]
     )
 
 
@@ -154,6 +155,10 @@ PUBLISHED = {
 }
 
 
+def reading(c, naflex):
+    return dataclasses.replace(c, vision=dataclasses.replace(c.vision, naflex=naflex))
+
+
 def abstract(c):
     images = jnp.zeros((1, c.vision.image_size, c.vision.image_size, 3), jnp.uint8)
     ids = jnp.zeros((1, c.text.max_length), jnp.int32)
@@ -165,7 +170,7 @@ def abstract(c):
 def siglip2(c, naflex):
     """Their random model; ours with its parameters."""
     theirs, state = randomised(build(c, naflex))
-    params = jax.tree.map(jnp.asarray, reference.load(reference.siglip(c, naflex), state, abstract(c)))
+    params = jax.tree.map(jnp.asarray, key_table.load(keys.entries(reading(c, naflex)), state, abstract(c)))
     return theirs, functools.partial(SiglipModel(c, FLOAT32).apply, {"params": params}), state, params
 
 
@@ -277,7 +282,7 @@ def test_naflex_text_tower(record_property):
 @pytest.mark.parametrize("naflex", [False, True])
 def test_siglip2_table(naflex):
     _, _, state, params = siglip2(ODD, naflex)
-    chex.assert_trees_all_equal(reference.export(reference.siglip(ODD, naflex), params), state)
+    chex.assert_trees_all_equal(dict(key_table.export(keys.entries(reading(ODD, naflex)), params)), state)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -290,6 +295,6 @@ def test_published_shapes(name):
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
     assert count == sum(parameter.numel() for parameter in parameters.values())
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), ours)
-    exported = reference.export(reference.siglip(c, naflex), zeros)
+    exported = key_table.export(keys.entries(reading(c, naflex)), zeros)
     expected = {path: tuple(parameter.shape) for path, parameter in parameters.items()}
-    assert {path: value.shape for path, value in exported.items()} == expected
+    assert {path: value.shape for path, value in exported} == expected

@@ -1,0 +1,27 @@
+"""Published checkpoints in and out: `load`, `export`, and one file a family."""
+
+from mmcore_jax.pretrained.files import new_directory
+from mmcore_jax.pretrained.model import (
+    Pretrained,
+    abstract_params,
+    differences,
+    export,
+    family_of,
+    is_published,
+    load,
+    open_part,
+    read,
+)
+
+__all__ = [
+    "Pretrained",
+    "abstract_params",
+    "differences",
+    "export",
+    "family_of",
+    "is_published",
+    "load",
+    "new_directory",
+    "open_part",
+    "read",
+]

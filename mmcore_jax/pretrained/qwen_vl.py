@@ -1,0 +1,193 @@
+"""Qwen2.5-VL, by the names of its published files (transformers `Qwen2_5_VLForConditionalGeneration`)."""
+
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mmcore_jax.config import QwenVision, QwenVL
+from mmcore_jax.models import qwen_vl as network
+from mmcore_jax.pretrained.family import Family
+from mmcore_jax.pretrained.files import Settings
+from mmcore_jax.pretrained.table import SAME, TRANSPOSED, Entry, linear, rms_norm, video_patch_kernel
+
+# Special tokens of the published tokenizer.
+_TOKENS = {
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": network.IMAGE_TOKEN,
+    "video_token_id": 151656,
+}
+# Newer releases of transformers may write the decoder and the tower as siblings within the model.
+_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+
+def read_config(settings: Settings) -> QwenVL:
+    """Published files keep the decoder's settings beside all others, newer ones within `text_config`."""
+    text, vision = settings.get("text_config") or settings, settings["vision_config"]
+    rope = text.get("rope_parameters") or text["rope_scaling"]
+    text.over({"use_sliding_window": False}).require(hidden_act="silu", use_sliding_window=False)
+    vision.require(hidden_act="silu", temporal_patch_size=network.TEMPORAL_PATCH, out_hidden_size=text["hidden_size"])
+    return QwenVL(
+        width=text["hidden_size"],
+        depth=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        mlp_width=text["intermediate_size"],
+        vocab_size=text["vocab_size"],
+        kv_heads=text["num_key_value_heads"],
+        mrope_section=tuple(rope["mrope_section"]),
+        rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
+        rms_norm_eps=text["rms_norm_eps"],
+        tie_embeddings=bool(settings.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        vision=QwenVision(
+            width=vision["hidden_size"],
+            depth=vision["depth"],
+            heads=vision["num_heads"],
+            mlp_width=vision["intermediate_size"],
+            patch_size=vision["patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            window_size=vision["window_size"],
+            full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
+        ),
+    )
+
+
+def write_config(c: QwenVL, dtype: str) -> dict[str, Any]:
+    """As the published files have it, which every release reads."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "intermediate_size": c.mlp_width,
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(c.mrope_section)},
+        "tie_word_embeddings": c.tie_embeddings,
+        "use_sliding_window": False,
+        **_TOKENS,
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "hidden_act": "silu",
+            "hidden_size": c.vision.width,
+            "depth": c.vision.depth,
+            "num_heads": c.vision.heads,
+            "intermediate_size": c.vision.mlp_width,
+            "in_channels": 3,
+            "out_hidden_size": c.width,
+            "patch_size": c.vision.patch_size,
+            "temporal_patch_size": network.TEMPORAL_PATCH,
+            "spatial_merge_size": c.vision.merge_size,
+            "window_size": c.vision.window_size,
+            "fullatt_block_indexes": list(c.vision.full_attention_blocks),
+            "tokens_per_second": 2,
+        },
+    }
+
+
+def rename(c: QwenVL, name: str) -> str | None:
+    """The published name; None for a copy of tied embeddings."""
+    if c.tie_embeddings and name == "lm_head.weight":
+        return None
+    return re.sub(r"^model\.(language_model|visual)\.", lambda prefix: _PREFIXES[prefix[0]], name)
+
+
+def entries(c: QwenVL) -> list[Entry]:
+    """The key table."""
+    return [*_decoder(c), *_tower(c)]
+
+
+def _decoder(c: QwenVL) -> Iterator[Entry]:
+    yield Entry("model.embed_tokens.weight", ("embedding",), SAME)
+    yield from rms_norm("model.norm", "decoder/norm")
+    if not c.tie_embeddings:
+        yield Entry("lm_head.weight", ("head",), TRANSPOSED)
+    theirs, ours = "model.layers.{}", "decoder/blocks"
+    for name in "qkv":
+        yield from linear(f"{theirs}.self_attn.{name}_proj", f"{ours}/{name}", layers=c.depth)
+    yield from linear(f"{theirs}.self_attn.o_proj", f"{ours}/out", layers=c.depth, bias=False)
+    for name in ("gate", "up", "down"):
+        yield from linear(f"{theirs}.mlp.{name}_proj", f"{ours}/{name}", layers=c.depth, bias=False)
+    yield from rms_norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", c.depth)
+    yield from rms_norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm", c.depth)
+
+
+def _tower(c: QwenVL) -> Iterator[Entry]:
+    patches = video_patch_kernel(network.TEMPORAL_PATCH, c.vision.patch_size, 3)
+    yield Entry("visual.patch_embed.proj.weight", ("vision/patch_embed/kernel",), patches)
+    theirs, ours, depth = "visual.blocks.{}", "vision/blocks", c.vision.depth
+    yield from linear(f"{theirs}.attn.qkv", *(f"{ours}/{name}" for name in "qkv"), layers=depth)
+    yield from linear(f"{theirs}.attn.proj", f"{ours}/out", layers=depth)
+    for name in ("gate", "up", "down"):
+        yield from linear(f"{theirs}.mlp.{name}_proj", f"{ours}/{name}", layers=depth)
+    yield from rms_norm(f"{theirs}.norm1", f"{ours}/attention_norm", depth)
+    yield from rms_norm(f"{theirs}.norm2", f"{ours}/mlp_norm", depth)
+    yield from rms_norm("visual.merger.ln_q", "vision/merger/norm")
+    yield from linear("visual.merger.mlp.0", "vision/merger/up")
+    yield from linear("visual.merger.mlp.2", "vision/merger/down")
+
+
+def init(model: nn.Module, key: jax.Array) -> Any:
+    """Variables, from an image of one merged patch."""
+    vision, image = model.config.vision, np.zeros((1, 1), np.int32)
+    patches = np.zeros((vision.merge_size**2, 3 * network.TEMPORAL_PATCH * vision.patch_size**2), np.float32)
+    grid = np.array([[1, vision.merge_size, vision.merge_size]])
+    return model.init(key, network.prepare(model.config, image, image + 1, patches, grid, image_token=0))
+
+
+def forward(model: nn.Module, params: Any, settings: Settings, **arrays: Any) -> jax.Array:
+    """`input_ids, attention_mask, pixel_values, image_grid_thw` to logits `[B, L, V]`."""
+    return network.forward(model, params, **arrays, image_token=settings["image_token_id"])
+
+
+def comparisons(loaded: Any, directory: pathlib.Path) -> Iterator[tuple[str, jax.Array, np.ndarray]]:
+    """Logits of two rows, one with an image between texts and one shorter and padded."""
+    import torch
+    import transformers
+
+    c, image_token, rng = loaded.config, loaded.settings["image_token_id"], np.random.default_rng(0)
+    side = 4 * c.vision.merge_size
+    ids = rng.integers(0, min(image_token, c.vocab_size), (2, 64))
+    ids[0, 16:32] = image_token
+    mask = np.arange(64) < np.array([[64], [40]])
+    patches = rng.normal(size=(side**2, 3 * network.TEMPORAL_PATCH * c.vision.patch_size**2)).astype(np.float32)
+    arrays = dict(input_ids=ids, attention_mask=mask.astype(np.int64), pixel_values=patches)
+    arrays["image_grid_thw"] = np.array([[1, side, side]])
+    original = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True
+    ).eval()
+    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    tensors["mm_token_type_ids"] = torch.from_numpy((ids == image_token).astype(np.int64))
+    with torch.no_grad():
+        theirs = original(**tensors).logits.numpy()
+    yield "logits", loaded(**arrays)[mask], theirs[mask]
+
+
+FAMILY = Family(
+    name="Qwen2.5-VL",
+    part="vlm",
+    component="text_encoder",
+    kinds=("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    stem="model",
+    read_config=read_config,
+    write_config=write_config,
+    config=QwenVL,
+    entries=entries,
+    model=network.QwenVLModel,
+    init=init,
+    forward=forward,
+    comparisons=comparisons,
+    rename=rename,
+)
