@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the command line, converts, and compares if asked to."""
     arguments = _parser().parse_args(argv)
     source, target = arguments.source, arguments.to
+    pretrained.check_new(target)
     if arguments.verify:
         check_originals()
     if pretrained.is_published(source):

@@ -1,6 +1,6 @@
 """Published checkpoints in and out: `load`, `export`, and one file a family."""
 
-from mmcore_jax.pretrained.files import new_directory
+from mmcore_jax.pretrained.files import check_new, new_directory
 from mmcore_jax.pretrained.model import (
     Pretrained,
     abstract_params,
@@ -16,6 +16,7 @@ from mmcore_jax.pretrained.model import (
 __all__ = [
     "Pretrained",
     "abstract_params",
+    "check_new",
     "differences",
     "export",
     "family_of",

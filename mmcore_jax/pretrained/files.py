@@ -144,6 +144,8 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
             stored = {name: _stored(name, file, begin, **fields) for name, fields in header.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} has a header that is damaged: {_AGAIN}.") from error
+    if not stored:
+        raise UserError(f"{file} holds no tensor: {_AGAIN}.")
     _check_extent(file, stored, begin, size)
     return stored
 
@@ -162,7 +164,7 @@ def _check_extent(file: pathlib.Path, stored: dict[str, Stored], begin: int, siz
             and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.stop - tensor.start
         ):
             raise UserError(f"{file} is damaged, its tensor {name!r} has another size than its shape: {_AGAIN}.")
-    if max((tensor.stop for tensor in stored.values()), default=begin) != size:
+    if max(tensor.stop for tensor in stored.values()) != size:
         raise UserError(f"{file} is damaged, it goes on after its last tensor: {_AGAIN}.")
 
 
@@ -265,6 +267,12 @@ def write_json(file: pathlib.Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def check_new(target: pathlib.Path) -> None:
+    """Raises `UserError` if something is there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already: delete it, or choose another directory.")
+
+
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary sibling to write into; it becomes `target` at the end, or goes where the writing fails.
@@ -272,8 +280,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: if `target` is there already, or cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already: delete it, or choose another directory.")
+    check_new(target)
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.absolute().parent))

@@ -6,13 +6,12 @@ python -m tests.pretrained.memory --gigabytes 4
 import argparse
 import json
 import pathlib
-import resource
-import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mmcore_jax import pretrained
 from mmcore_jax.config import Siglip, SiglipVision
@@ -27,7 +26,7 @@ def write_checkpoint(directory: pathlib.Path, gigabytes: float) -> int:
     """Writes a sharded bfloat16 checkpoint of about that size, one tensor in memory at a time; returns its bytes."""
     width = 64 * int((gigabytes * 1e9 / BYTES / (12 * PARTS)) ** 0.5 / 64)
     config = Siglip(SiglipVision(width, PARTS, width // 64, 4 * width, image_size=224, patch_size=14))
-    shapes = table.flatten_dict(abstract_params(siglip.FAMILY, config), sep="/")
+    shapes = flatten_dict(abstract_params(siglip.FAMILY, config), sep="/")
     dtype = files.DTYPES["BF16"]
     specs = [
         files.Spec(name, dtype, table.exported_shape(entry, shapes))
@@ -45,15 +44,17 @@ def measure(gigabytes: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         size = write_checkpoint(pathlib.Path(directory), gigabytes)
         jax.block_until_ready(jax.numpy.zeros(1))
-        before, start = _peak(), time.monotonic()
+        before, start = _memory("VmRSS"), time.monotonic()
         loaded = pretrained.load(directory)
         seconds = time.monotonic() - start
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params)) == size
-        return {"checkpoint": size, "peak": _peak() - before, "seconds": seconds, "before": before}
+        return {"checkpoint": size, "peak": _memory("VmHWM") - before, "seconds": seconds, "before": before}
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _memory(field: str) -> int:
+    """Of Linux; `getrusage` would count the peak of the process that started this one."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def test_mistakes_leave_nothing(enter, tmp_path, monkeypatch):
     code, _, err = enter("--from", tmp_path / "original", "--to", tmp_path / "ours", "--verify")
     assert code == 2
     assert "needs torch" in err
+    code, _, err = enter("--from", tmp_path / "original", "--to", tmp_path / "original")
+    assert code == 2
+    assert "there already" in err
     code, _, err = enter("--from", tmp_path / "missing", "--to", tmp_path / "ours")
     assert code == 2
     assert "missing" in err

@@ -65,6 +65,11 @@ def test_damaged_header(directory, damage):
     check(directory, str(file), "header that is damaged")
 
 
+def test_no_tensor_at_all(directory):
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    check(directory, "model.safetensors", "no tensor")
+
+
 def test_bytes_after_the_last_tensor(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes() + b"\0" * 8)

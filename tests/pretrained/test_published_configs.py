@@ -30,7 +30,6 @@ def test_parameter_count(tmp_path, name, record_property):
     like = abstract_params(published.family, published.config)
     found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
     record_property("parameters", found)
-    print(name, found)
     assert found == sum(parameter.numel() for parameter in original(CONFIGS[name]).parameters())
 
 

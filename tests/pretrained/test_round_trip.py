@@ -1,5 +1,6 @@
 """Saved by the original, loaded by us, exported, opened by the original again: the same bits; and the same outputs."""
 
+import dataclasses
 import functools
 import json
 
@@ -71,7 +72,6 @@ def test_outputs(saved, name, record_property):
         assert np.abs(theirs).mean() > 0.05
         found[label] = float(np.abs(np.asarray(ours) - theirs).max())
     record_property("max_difference", found)
-    print(name, found)
     assert max(found.values()) < TOLERANCE
 
 
@@ -105,7 +105,7 @@ def test_both_layouts_of_qwen(tmp_path, published):
 def test_vision_tower_of_a_whole_siglip(saved):
     """A config without a text tower leaves the other half unread."""
     published = model_lib.open_published(saved("siglip"))
-    config = model_lib.dataclasses.replace(published.config, text=None)
+    config = dataclasses.replace(published.config, text=None)
     assert model_lib.differences(config, published.config, "vision_target") == []
     params = model_lib.read(published, config, model_lib.abstract_params(published.family, config))
     whole = pretrained.load(saved("siglip")).params["vision"]
