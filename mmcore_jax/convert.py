@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from mmcore_jax import pretrained
-from mmcore_jax.config import UserError, door
+from mmcore_jax.config import QwenVL, UserError, door
+from mmcore_jax.data.text import copy_tokenizer, token_ids
 from mmcore_jax.training.checkpoint import load_part, save_part
 
 
@@ -33,8 +34,12 @@ def main(argv: Sequence[str]) -> None:
         save_part(target, loaded.family.part, config, params)
     else:
         config, params = load_part(source, arguments.part)
-        published = target
-        pretrained.export(params, config, published, arguments.dtype)
+        published, tokenizer = target, source / "tokenizer"
+        has_tokenizer = isinstance(config, QwenVL) and tokenizer.is_dir()
+        settings = token_ids(tokenizer) if has_tokenizer else None
+        pretrained.export(params, config, published, arguments.dtype, settings=settings)
+        if has_tokenizer:
+            copy_tokenizer(tokenizer, published)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{target}: {pretrained.family_of(config).name}, {count:,} parameters")
     if arguments.verify:

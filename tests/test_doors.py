@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from mmcore_jax import sample, train
+from mmcore_jax import config as config_lib
+from mmcore_jax import convert, pretrained, sample, train
 from tests import tiny
 
 
@@ -110,6 +111,9 @@ def test_workdir_of_another_run(data, tmp_path, enter) -> None:
     threads = subprocess.run([*first, "--config.data.threads=1"], cwd=tiny.REPOSITORY, capture_output=True, text=True)
     assert "is done: step 20 of 20" in threads.stdout, threads.stderr
     check(enter(sample.main, f"--workdir={tmp_path / 'run'}", "--prompt=x", "--output=x.png"), "stage0", "stage 2")
+    exported = tmp_path / "exported"
+    assert enter(convert.main, f"--from={tmp_path / 'run'}", "--part=vision_target", f"--to={exported}")[0] == 0
+    assert pretrained.load(exported).config == config_lib.from_json(tmp_path / "run/config.json").model.vision_target
 
 
 def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:

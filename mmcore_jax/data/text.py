@@ -21,6 +21,14 @@ if typing.TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # What a directory may hold of a tokenizer; that of a published model also holds its weights.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
+# By what config.json of a published model calls their ids.
+_CONFIG_NAMES = {
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+}
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
@@ -65,6 +73,20 @@ def load_tokenizer(directory: str | pathlib.Path) -> "PreTrainedTokenizerBase":
     return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def token_ids(directory: str | pathlib.Path) -> dict[str, int]:
+    """Ids of the special tokens of a tokenizer, by their names in config.json of a published Qwen2.5-VL."""
+    tokenizer = load_tokenizer(directory)
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in _CONFIG_NAMES.items()}
+
+
+def copy_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies the files of a tokenizer, and no weights that lie beside them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for pattern in _TOKENIZER_FILES:
+        for file in pathlib.Path(source).glob(pattern):
+            shutil.copy(file, directory)
+
+
 def keep_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
     """Copies the tokenizer that a run uses into its workdir, so that both stay together.
 
@@ -72,10 +94,7 @@ def keep_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
       UserError: if another one is there already.
     """
     if not directory.exists():
-        directory.mkdir(parents=True)
-        for pattern in _TOKENIZER_FILES:
-            for file in pathlib.Path(source).glob(pattern):
-                shutil.copy(file, directory)
+        copy_tokenizer(source, directory)
     check_same_tokenizer(source, directory)
 
 

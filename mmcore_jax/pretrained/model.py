@@ -259,6 +259,7 @@ def export(
     directory: str | pathlib.Path,
     dtype: Any = None,
     shard_bytes: int = files.SHARD_BYTES,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint that the original's `from_pretrained` opens: all of it, or nothing.
 
@@ -268,13 +269,14 @@ def export(
       directory: to be made.
       dtype: of the tensors; None keeps that of each parameter.
       shard_bytes: at most so many in a file, unless one tensor has more.
+      settings: of config.json that do not follow from `config`, such as the ids of special tokens.
 
     Raises:
       UserError: if the original has no such network, or the directory cannot be written.
     """
     family = family_of(config)
     stored = np.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)))
-    settings = family.write_config(config, str(np.dtype(dtype or stored)))
+    settings = family.write_config(config, str(np.dtype(dtype or stored))) | dict(settings or {})
     directory = pathlib.Path(directory)
     back = family.read_config(_as_read(settings, directory / "config.json"))
     for path, ours, theirs in differences(config, back, family.part):

@@ -159,7 +159,8 @@ def comparisons(loaded: Any, directory: pathlib.Path) -> Iterator[tuple[str, jax
 
     c, image_token, rng = loaded.config, loaded.settings["image_token_id"], np.random.default_rng(0)
     side = 4 * c.vision.merge_size
-    ids = rng.integers(0, min(image_token, c.vocab_size), (2, 64))
+    # Published ids end with special tokens, some of them of videos; those of a tokenizer trained here begin with them.
+    ids = rng.integers(0, image_token, (2, 64)) if 2 * image_token > c.vocab_size else 64 + rng.integers(0, 64, (2, 64))
     ids[0, 16:32] = image_token
     mask = np.arange(64) < np.array([[64], [40]])
     patches = rng.normal(size=(side**2, 3 * network.TEMPORAL_PATCH * c.vision.patch_size**2)).astype(np.float32)

@@ -67,3 +67,13 @@ def test_nothing_is_printed(directory):
     load = f"from mmcore_jax.data import text; text.load_tokenizer({str(directory)!r})"
     done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_ids_and_files_go_with_an_exported_model(directory, tokenizer, tmp_path):
+    found = text.token_ids(directory)
+    assert tokenizer.convert_ids_to_tokens(found["image_token_id"]) == "<|image_pad|>"
+    assert found["eos_token_id"] == tokenizer.eos_token_id
+    (directory / "model.safetensors").write_text("weights")
+    text.copy_tokenizer(directory, tmp_path / "copy")
+    assert text.token_ids(tmp_path / "copy") == found
+    assert not (tmp_path / "copy/model.safetensors").exists()
