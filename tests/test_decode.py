@@ -38,7 +38,7 @@ def keys_of(seed, count):
 
 def load(**changes):
     model = parity.make_model(TIED, **changes)
-    return model, parity.load(model, parity.make_reference(TIED)[1])
+    return model, jax.device_get(parity.load(model, parity.make_reference(TIED)[1]))  # to go to any mesh
 
 
 def greedy(prompts, ends=NEVER, settings=GREEDY, **changes):

@@ -35,8 +35,7 @@ ROWS, WORDS = 4, 12
 class WordTokenizer:
     """One token a word: what `ChatFormat` needs of a tokenizer."""
 
-    def convert_tokens_to_ids(self, tokens):
-        return [3] * len(tokens) if isinstance(tokens, list) else 3
+    chat_template = None
 
     def encode(self, words, add_special_tokens):
         return [5] * len(words.split())
