@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage1.py
 
 Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
-`openmoji`: after stage 0, 2 CPU cores.
+`openmoji`: after stage 0; 3 minutes on 2 CPU cores; centred cosine 0.8 on trained captions, 0.3 on held-out ones.
 """
 
 import openmoji
