@@ -7,3 +7,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mmcore_jax_tests_"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+LONGEST = ("test_mesh.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Puts the longest first, so that they do not run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
