@@ -142,7 +142,7 @@ def _patch_meta(grids: list[np.ndarray], merge: int) -> TokenMeta:
 
 def normalize(patches: jax.Array) -> jax.Array:
     """Patches as the vision tower takes them: uint8 `[..., P / 2]`, (row, column, channel), to float32 `[..., P]`."""
-    pixels = patches.astype(jnp.float32).reshape(*patches.shape[:-1], -1, 3) / 255.0
+    pixels = patches.astype(jnp.float32).reshape(*patches.shape[:-1], patches.shape[-1] // 3, 3) / 255.0
     pixels = ((pixels - IMAGE_MEAN) / IMAGE_STD).reshape(patches.shape)
     return jnp.concatenate([pixels] * TEMPORAL_PATCH, -1)
 

@@ -438,3 +438,8 @@ def test_pixels_may_be_traced():
         return qwen_vl.forward(model, params, pixel_values=pixels, **given, image_token=IMAGE_ID).sum()
 
     assert np.abs(jax.grad(total)(pixels)).min(axis=1).max() > 0
+
+
+def test_no_patches_at_all():
+    """As in a batch of text alone."""
+    assert qwen_vl.normalize(jnp.zeros((2, 0, 48), jnp.uint8)).shape == (2, 0, 96)
