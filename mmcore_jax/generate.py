@@ -121,7 +121,7 @@ def _denoise(
 
     tokens = forward.model.latent_tokens(clean, noise, batch)
     tokens = solver.euler(velocity, tokens, timesteps)
-    size = batch.images.pixels.shape[-2] // forward.model.autoencoder.downsampling
+    size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
     patches = tokens[jnp.arange(tokens.shape[0])[:, None], last]
     return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data.example import BadExample
+from mmcore_jax.models.qwen_vl import TEMPORAL_PATCH
 from mmcore_jax.nn.patches import merge_order
 
 MAXIMUM_PIXELS = 64_000_000
 MAXIMUM_ASPECT_RATIO = 200
-TEMPORAL_PATCH = 2  # Qwen2.5-VL takes an image as two equal frames
 
 
 def open_rgb(encoded: bytes) -> Image.Image:

@@ -37,14 +37,6 @@ class PixelAutoencoder(nn.Module):
 
     config: Pixels
 
-    @property
-    def channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
-
     def __call__(self, images: jax.Array) -> jax.Array:
         """Encodes and decodes."""
         return self.decode(self.encode(images))
@@ -73,14 +65,6 @@ class AutoencoderKLModel(nn.Module):
             self.quant_conv = Conv(2 * c.latent_channels, (None, None), dtype, size=1)
             self.post_quant_conv = Conv(c.latent_channels, (None, None), dtype, size=1)
 
-    @property
-    def channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
-
     def __call__(self, images: jax.Array) -> jax.Array:
         """Encodes and decodes, which makes all parameters under `init`."""
         return self.decode(self.encode(images))
@@ -105,19 +89,19 @@ class AutoencoderKLModel(nn.Module):
           UserError: if a side is not a multiple of `downsampling`.
         """
         height, width = images.shape[-3:-1]
-        if height % self.downsampling or width % self.downsampling:
+        if height % self.config.downsampling or width % self.config.downsampling:
             raise UserError(
-                f"images of {height} x {width} pixels need sides that are multiples of {self.downsampling}."
+                f"images of {height} x {width} pixels need sides that are multiples of {self.config.downsampling}."
             )
         flat = images.reshape(-1, *images.shape[-3:])
-        both = self._in_tiles(AutoencoderKLModel._encode, flat, self.downsampling, 1)
+        both = self._in_tiles(AutoencoderKLModel._encode, flat, self.config.downsampling, 1)
         mean, log_variance = jnp.split(both.reshape(*images.shape[:-3], *both.shape[1:]), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
         """Latents `[..., h, w, C]` as the encoder's moments have them, to float32 images about [-1, 1]."""
         flat = latents.reshape(-1, *latents.shape[-3:])
-        images = self._in_tiles(AutoencoderKLModel._decode, flat, 1, self.downsampling)
+        images = self._in_tiles(AutoencoderKLModel._decode, flat, 1, self.config.downsampling)
         return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
     def _encode(self, images: jax.Array) -> jax.Array:

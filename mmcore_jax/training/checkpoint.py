@@ -171,7 +171,7 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
         return _load_published(directory, part, model, like, wanted_by)
     if (directory / PART_FILE).is_file():
         _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
-        return _restore_part(directory, 0, "params", like, wanted_by)
+        return _restore_part(_reader(directory), 0, "params", like, wanted_by)
     command = _command_for(directory)
     if not (directory / "config.json").is_file():
         raise UserError(
@@ -188,7 +188,7 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
         if config.init.get(part, RANDOM) == RANDOM:
             raise UserError(f"{source} has no part {part!r}, which {wanted_by} asks it for.")
         return load_weights(config.init[part], part, model, like, wanted_by)
-    return _restore_part(directory, step, item, like, wanted_by)
+    return _restore_part(manager, step, item, like, wanted_by)
 
 
 def _load_published(directory: pathlib.Path, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
@@ -205,13 +205,14 @@ def _check_same_network(source: str, part: str, model: Model, found: Any, wanted
         raise UserError(f"{wanted_by} names {source}, which has another network: {listed}.")
 
 
-def _restore_part(directory: pathlib.Path, step: int, item: str, like: Abstract, wanted_by: str) -> Flat:
-    manager = _reader(directory)
+def _restore_part(manager: ocp.CheckpointManager, step: int, item: str, like: Abstract, wanted_by: str) -> Flat:
     available = manager.item_metadata(step)[item].tree
     for path, expected in like.items():
         shape = tuple(available[path].shape) if path in available else None
         if shape != expected.shape:
-            raise UserError(f"{directory} has {path!r} of shape {shape}, but {wanted_by} expects {expected.shape}.")
+            raise UserError(
+                f"{manager.directory.parent} has {path!r} of shape {shape}, but {wanted_by} expects {expected.shape}."
+            )
     restore = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
 

@@ -33,8 +33,8 @@ def test_interface(c):
     model = make_autoencoder(c, EXECUTION)
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), IMAGES))
     latents = model.apply(variables, IMAGES, method="encode")
-    side = model.downsampling
-    chex.assert_shape(latents, (2, 3, 16 // side, 24 // side, model.channels))
+    side = model.config.downsampling
+    chex.assert_shape(latents, (2, 3, 16 // side, 24 // side, model.config.latent_channels))
     images = model.apply(variables, latents, method="decode")
     chex.assert_shape(images, IMAGES.shape)
     chex.assert_type([latents, images], jnp.float32)
