@@ -6,6 +6,7 @@ Rendered from OpenMoji (CC BY-SA 4.0) by `python -m mmcore_jax.prepare --dataset
 from ml_collections import ConfigDict
 
 IMAGE_SIZE = 32
+VLM_PIXELS = (IMAGE_SIZE**2, IMAGE_SIZE**2)
 VOCABULARY = 4096  # room for the 3,335 tokens of the captions
 DATA = "data/openmoji"
 TOKENIZER = f"{DATA}/tokenizer"

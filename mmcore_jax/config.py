@@ -290,12 +290,17 @@ class Budgets:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """`window` examples at a time are drawn from the mixture and packed into rows."""
+    """`window` examples at a time are drawn from the mixture and packed into rows.
+
+    `image_size` is the side of the squares that the diffusion transformer draws, `vlm_pixels` bounds the area of the
+    images that the VLM sees; None where a stage has no such part. The vision target sees images of its own size.
+    """
 
     layout: Literal["pairs", "interleaved"]
     sources: dict[str, Source]
     tokenizer: str
-    image_size: int
+    image_size: int | None
+    vlm_pixels: tuple[int, int] | None
     budgets: Budgets
     window: int
     threads: int

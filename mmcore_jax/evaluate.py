@@ -68,7 +68,7 @@ def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
     results, sheets = openmoji.evaluate(run, data, draw, extract, arguments.cases, arguments.seed, progress)
     stage1 = find_aligned(config)
     if stage1:
-        results["alignment"] = openmoji.score_alignment(_load(stage1), data, arguments.seed)
+        results |= _score_alignment(stage1, arguments)
     return results, sheets
 
 
@@ -79,8 +79,13 @@ def evaluate_alignment(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
         raise UserError(
             f"{arguments.workdir} is a run of {config.stage}, which aligns nothing: give the workdir of a stage 1."
         )
-    data = Drawings(arguments.data, config.data.image_size)
-    return {"alignment": openmoji.score_alignment(_load(arguments.workdir), data, arguments.seed)}, {}
+    return _score_alignment(arguments.workdir, arguments), {}
+
+
+def _score_alignment(workdir: pathlib.Path, arguments: argparse.Namespace) -> Scores:
+    run = _load(workdir)
+    data = Drawings(arguments.data, run.config.model.vision_target.vision.image_size)
+    return {"alignment": openmoji.score_alignment(run, data, arguments.seed)}
 
 
 SUITES: dict[str, Callable[[argparse.Namespace], tuple[Scores, Sheets]]] = {

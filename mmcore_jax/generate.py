@@ -15,10 +15,9 @@ import numpy as np
 
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
-from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Item
+from mmcore_jax.data.layout import Interleaved, Item, Picture
 from mmcore_jax.diffusion import guidance, solver
 from mmcore_jax.mmcore import MMCORE, Forward, Params
 from mmcore_jax.nn import masks
@@ -32,7 +31,7 @@ class Generator:
     """Generates the last image of each request."""
 
     def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
-        self._model, self._size = model, config.data.image_size
+        self._model = model
         self._sizes = layout.geometry(config.model, config.data)
         self._format = layout.ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(_denoise, model))
@@ -55,8 +54,7 @@ class Generator:
           pathways: what conditions the image: "both", "text" or "visual".
           batch_size: how many are generated at once.
         """
-        items = [layout.make_item(request, self._format, self._sizes) for request in requests]
-        pictures = [self._pictures(item) for item in items]
+        items, pictures = zip(*map(self._prepare, requests))
         budgets = self._budgets(items)
         branches = guidance.branches(pathways, settings.text_scale, settings.visual_scale)
         timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
@@ -69,13 +67,13 @@ class Generator:
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
-    def _pictures(self, item: Item) -> list[np.ndarray]:
-        """Decodes what the request gives; the image to come starts blank."""
-        blank = np.zeros((self._size, self._size, 3), np.uint8)
+    def _prepare(self, request: Example) -> tuple[Item, list[Picture]]:
+        """A request as tokens, and the images that it gives; the image to come starts blank."""
         try:
-            return [image_lib.decode(frame.encoded, self._size) for frame in item.frames[:-1]] + [blank]
+            item = layout.make_item(request, self._format, self._sizes)
+            return item, [layout.picture(frame, self._sizes) for frame in item.frames[:-1]] + [Picture()]
         except BadExample as bad:
-            raise UserError(f"an input image of {item.id!r} cannot be used: {bad}.") from bad
+            raise UserError(f"an input image of {request['id']!r} cannot be used: {bad}.") from bad
 
     def _budgets(self, items: list[Item]) -> Budgets:
         most = np.max([layout.lengths(item, self._sizes) for item in items], axis=0)

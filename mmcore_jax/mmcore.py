@@ -31,7 +31,7 @@ from mmcore_jax.models.qwen_vl import QwenVLModel
 from mmcore_jax.models.siglip import SiglipModel
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.layers import gather_tokens
-from mmcore_jax.nn.patches import patchify
+from mmcore_jax.nn.patches import average_pool, patchify
 
 Params = dict[str, Any]
 
@@ -64,7 +64,7 @@ class MMCORE(nn.Module):
         self.logits(hidden)
         visual = self.visual_embeddings(hidden, batch)
         if self.config.vision_target:
-            self.target_embeddings(batch.images.pixels)
+            self.target_embeddings(batch.images.targets)
         if self.config.dit:
             nothing = jnp.zeros(batch.images.generated.shape, bool)
             condition = self.condition(hidden, visual, batch, Drop(nothing, nothing))
@@ -98,9 +98,8 @@ class MMCORE(nn.Module):
         """
         flat = pixels.reshape(-1, *pixels.shape[2:])
         features = self.vision_target.patch_features(flat).astype(jnp.float32)
-        grid, side = self.config.queries.grid, int(features.shape[1] ** 0.5)
-        cells = features.reshape(-1, grid, side // grid, grid, side // grid, features.shape[-1])
-        return cells.mean((2, 4)).reshape(*pixels.shape[:2], grid * grid, -1)
+        pooled = average_pool(features, self.config.queries.grid)
+        return pooled.reshape(*pixels.shape[:2], *pooled.shape[1:])
 
     def contrast(self, batch: Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Unit embeddings of images and texts `[B, D]`, and logits of all pairs `[B, B]`."""
@@ -169,4 +168,4 @@ class Forward:
     @functools.cached_property
     def targets(self) -> jax.Array:
         """Target embeddings `[B, I, N, D_visual]`, centred."""
-        return self.model.target_embeddings(self.batch.images.pixels) - self.target_mean
+        return self.model.target_embeddings(self.batch.images.targets) - self.target_mean

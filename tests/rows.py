@@ -7,10 +7,9 @@ from PIL import Image
 
 from mmcore_jax.config import Budgets
 from mmcore_jax.data import example, layout
-from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.layout import Geometry
 
-SIZES = Geometry(image_size=8, vision_patch=2, merge=2, query_grid=2, latent_side=2)
+SIZES = Geometry(vlm_pixels=(64, 64), vision_patch=2, merge=2, query_grid=2, target_size=8, image_size=8, latent_side=2)
 BUDGETS = Budgets(vlm_tokens=107, vision_patches=52, context_tokens=21, latent_tokens=22, images=6)
 SPECIAL = {
     "<|im_start|>": 1,
@@ -75,5 +74,5 @@ def pack(*examples: example.Example, budgets: Budgets = BUDGETS, sizes: Geometry
     row = []
     for one in examples:
         item = layout.make_item(one, CHAT, sizes)
-        row.append((item, [image_lib.decode(frame.encoded, sizes.image_size) for frame in item.frames]))
+        row.append((item, [layout.picture(frame, sizes) for frame in item.frames]))
     return layout.assemble([row], 0, budgets, sizes)

@@ -71,10 +71,11 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
     """Command-line overrides that shrink the shipped recipe of a stage and point it at `data`."""
     settings = {
         "data.tokenizer": data / "tokenizer",
-        "data.image_size": 16,
         "data.window": 64,
         "execution.scan_layers": True,
     }
+    if stage != "stage0":
+        settings["data.vlm_pixels"] = (256, 256)
     settings |= {"total_steps": 20, "telemetry.log_every": 1, "telemetry.sample_every": 0, "checkpoint.every": 5}
     settings |= {"optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9}
     sources = config_lib.load(str(REPOSITORY / f"configs/{stage}.py")).data.sources
@@ -90,6 +91,7 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
         settings |= {f"model.vlm.vision.{name}": value for name, value in tower.items()}
         budgets = {"vlm_tokens": 64, "vision_patches": 32, "images": 3}
         if stage == "stage2":
+            settings["data.image_size"] = 16
             settings |= {f"model.dit.{name}": tower[name] for name in ("width", "depth", "heads")}
             settings |= {"model.dit.context_width": 32, "model.dit.position_grid": 4, "model.dit.position_base": 4}
             budgets |= {"context_tokens": 40, "latent_tokens": 48}

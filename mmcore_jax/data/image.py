@@ -1,14 +1,16 @@
 """Encoded images to the arrays that the models take.
 
-Training takes square uint8 images, and patches of them in the VLM's merge order. `pixel_values` is Qwen2.5-VL's
-published processor (transformers `image_processing_pil_qwen2_vl.py`): images of any size in their own shape.
+Training takes uint8 images, and patches of them in the VLM's merge order, which the model normalises. `pixel_values`
+is Qwen2.5-VL's published processor whole (transformers `image_processing_pil_qwen2_vl.py`); both resize alike.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -28,46 +30,76 @@ def open_rgb(encoded: bytes) -> Image.Image:
     Raises:
       BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
     """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        if image.width * image.height > MAXIMUM_PIXELS:
-            raise BadExample("image has too many pixels")
+    with _damage():
+        image = _open(encoded)
         image.load()
-    except BadExample:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
-        raise BadExample(f"image does not decode ({type(error).__name__})") from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def read_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of an image, from its header.
+
+    Raises:
+      BadExample: as `open_rgb`.
+    """
+    with _damage():
+        image = _open(encoded)
+    return image.height, image.width
+
+
+def _open(encoded: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded))
+    if image.width * image.height > MAXIMUM_PIXELS:
+        raise BadExample("image has too many pixels")
+    return image
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what Pillow raises on damaged files, a dozen types, into `BadExample`."""
+    try:
+        yield
+    except BadExample:
+        raise
+    except Exception as error:
+        raise BadExample(f"image does not decode ({type(error).__name__})") from error
+
+
 def decode(encoded: bytes, size: int) -> np.ndarray:
-    """Decodes to uint8 `[size, size, 3]`: transparency over white, resized by area or bicubically, centre-cropped.
+    """Decodes to uint8 `[size, size, 3]`: transparency over white, centre-cropped, resized by area or bicubically.
 
     Raises:
       BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
     """
-    image = open_rgb(encoded)
+    return scale(centre_square(open_rgb(encoded)), size)
+
+
+def scale(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes a square to uint8 `[size, size, 3]`, by area where its side is a multiple, else bicubically."""
+    return resize(image, size, size, Image.Resampling.BOX if image.width % size == 0 else Image.Resampling.BICUBIC)
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BOX if side % size == 0 else Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return image.crop((left, top, left + side, top + side))
 
 
 def patches(image: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """uint8 `[size, size, 3]` to `[patches, patch * patch * 3]` in merge order; values go by (row, column, channel)."""
-    side = image.shape[0] // patch
-    rows, cols = merge_order(side, side, merge)
-    tiles = image.reshape(side, patch, side, patch, 3).transpose(0, 2, 1, 3, 4).reshape(side * side, -1)
-    return tiles[rows * side + cols]
+    """uint8 `[height, width, 3]` to `[S, patch * patch * 3]` in merge order; values go by (row, column, channel)."""
+    rows, cols = image.shape[0] // patch, image.shape[1] // patch
+    tiles = image.reshape(rows, patch, cols, patch, 3).transpose(0, 2, 1, 3, 4)
+    return tiles[merge_order(rows, cols, merge)].reshape(rows * cols, -1)
 
 
-def resize(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
-    """Resizes to uint8 `[height, width, 3]` as the published processors of Qwen2.5-VL and SigLIP do."""
+def resize(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Resizes to uint8 `[height, width, 3]`, unless told otherwise as the published processor of Qwen2.5-VL does."""
     return np.asarray(image.resize((width, height), resample))
 
 

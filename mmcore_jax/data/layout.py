@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmcore_jax.config import Budgets, Config, Data, Model, UserError
+from mmcore_jax.config import Budgets, Config, Data, Model, QwenVision, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example, Image, Text
 from mmcore_jax.nn import patches as patches_lib
@@ -45,7 +45,8 @@ class Patches(NamedTuple):
 class Images(NamedTuple):
     """The images of a row by frame slot; `generated` marks those to predict, `queries` is where their queries stand."""
 
-    pixels: np.ndarray  # uint8 [B, I, size, size, 3]
+    pixels: np.ndarray  # uint8 [B, I, size, size, 3], for the autoencoder
+    targets: np.ndarray  # uint8 [B, I, size, size, 3], for the vision target
     generated: np.ndarray  # bool [B, I]
     queries: np.ndarray  # [B, I, N], position in the VLM's sequence
 
@@ -87,67 +88,88 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The sizes that turn an example into tokens. Sides count patches; 0 where a stage has no such part."""
+    """The sizes that turn an example into tokens; 0 where a stage has no such part.
 
-    image_size: int
+    The VLM sees images of `vlm_pixels` pixels, from the least to the most. `target_size` and `image_size` are the sides
+    of what the vision target and the autoencoder see, `latent_side` counts latent patches.
+    """
+
+    vlm_pixels: tuple[int, int]
     vision_patch: int
     merge: int
     query_grid: int
+    target_size: int
+    image_size: int
     latent_side: int
 
     @property
-    def vision_side(self) -> int:
-        return self.image_size // self.vision_patch
-
-    @property
-    def merged_side(self) -> int:
-        return self.vision_side // self.merge
+    def merged_patch(self) -> int:
+        """Pixels along a side of a merged patch, one IMAGE token."""
+        return self.vision_patch * self.merge
 
 
 def geometry(model: Model, data: Data) -> Geometry:
     """Derives the sizes from the parts of a model.
 
     Raises:
-      UserError: if the image size or the budget of vision patches does not fit the patches of a part, or the diffusion
+      UserError: if an image size or the budget of vision patches does not fit the patches of a part, or the diffusion
         transformer does not fit the autoencoder.
     """
-    vision, side = model.vlm.vision, data.image_size
-    wanted = {"vision patches": vision.patch_size * vision.merge_size}
-    if model.vision_target:
-        wanted["the vision target's patches"] = model.vision_target.vision.patch_size * model.queries.grid
-    if model.dit:
-        wanted["latent patches"] = latent_patch = model.dit.patch_size * model.autoencoder.downsampling
-        _check_latent_channels(model)
-    for name, multiple in wanted.items():
-        if side % multiple:
-            raise UserError(f"config.data.image_size {side} must be a multiple of {multiple}, for {name}.")
-    if data.budgets.vision_patches % vision.merge_size**2:
+    vision = model.vlm.vision
+    _check_vision(model.vlm.vision, data)
+    target = model.vision_target.vision if model.vision_target else None
+    if target and target.image_size // target.patch_size < model.queries.grid:
         raise UserError(
-            f"config.data.budgets.vision_patches {data.budgets.vision_patches} must be a multiple of "
-            f"{vision.merge_size**2}, the patches of a merged token."
-        )
-    latent_side = side // latent_patch if model.dit else 0
-    if latent_side and "sincos" in model.dit.position and latent_side > model.dit.position_grid:
-        raise UserError(
-            f"config.data.image_size {side} makes {latent_side} latent patches a side, but the table of positions has "
-            f"config.model.dit.position_grid {model.dit.position_grid}."
+            f"config.model.queries.grid {model.queries.grid} is finer than the vision target's patches, "
+            f"{target.image_size // target.patch_size} a side."
         )
     return Geometry(
-        image_size=side,
+        vlm_pixels=data.vlm_pixels,
         vision_patch=vision.patch_size,
         merge=vision.merge_size,
         query_grid=model.queries.grid,
-        latent_side=latent_side,
+        target_size=target.image_size if target else 0,
+        image_size=data.image_size if model.dit else 0,
+        latent_side=_latent_side(model, data.image_size) if model.dit else 0,
     )
 
 
-def _check_latent_channels(model: Model) -> None:
+def _check_vision(vision: QwenVision, data: Data) -> None:
+    if data.vlm_pixels is None:
+        raise UserError(
+            "config.data.vlm_pixels is None, but the stage has a VLM: give its images' least and most pixels."
+        )
+    (least, most), token = data.vlm_pixels, (vision.patch_size * vision.merge_size) ** 2
+    if not token <= least <= most:
+        raise UserError(f"config.data.vlm_pixels {data.vlm_pixels} must ascend, from {token}, the pixels of a token.")
+    patches = data.budgets.vision_patches
+    if patches % vision.merge_size**2:
+        raise UserError(
+            f"config.data.budgets.vision_patches {patches} must be a multiple of {vision.merge_size**2}, the patches "
+            "of a merged token."
+        )
+
+
+def _latent_side(model: Model, image_size: int | None) -> int:
+    """Latent patches along a side of a generated image."""
     taken, made = model.dit.latent_channels, model.autoencoder.latent_channels
     if taken != made:
         raise UserError(
             f"config.model.dit.latent_channels is {taken}, but the latents of config.model.autoencoder "
             f"have {made} channels: make it {made}."
         )
+    latent_patch = model.dit.patch_size * model.autoencoder.downsampling
+    if not image_size or image_size % latent_patch:
+        raise UserError(
+            f"config.data.image_size {image_size} must be a multiple of {latent_patch}, for latent patches."
+        )
+    side = image_size // latent_patch
+    if "sincos" in model.dit.position and side > model.dit.position_grid:
+        raise UserError(
+            f"config.data.image_size {image_size} makes {side} latent patches a side, but the table of positions has "
+            f"config.model.dit.position_grid {model.dit.position_grid}."
+        )
+    return side
 
 
 # --- One example ------------------------------------------------------------------------------------------------------
@@ -165,7 +187,7 @@ class Lengths(NamedTuple):
 
 @dataclasses.dataclass
 class Item:
-    """An example as tokens. Lists run over its VLM tokens, `frames` over its images, `grids` over squares of tokens."""
+    """An example as tokens. Lists run over its VLM tokens, `frames` over its images, `grids` over grids of tokens."""
 
     id: str
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -185,14 +207,26 @@ class Item:
 
 @dataclasses.dataclass
 class Frame:
-    """An image of an item. `clean`: a later frame looks back at it; `text`, `queries`: VLM positions."""
+    """An image of an item. `clean`: a later frame looks back at it; `text`, `queries`: VLM positions.
+
+    The VLM sees it at height and width `size`, or, if that is None, does not. `square`: it is cropped first.
+    """
 
     encoded: bytes
     generate: bool
+    square: bool
+    size: tuple[int, int] | None = None
     clean: bool = False
-    seen: bool = False  # the VLM sees it
     text: list[int] = dataclasses.field(default_factory=list)
     queries: list[int] = dataclasses.field(default_factory=list)
+
+
+class Picture(NamedTuple):
+    """An image as the parts take it, uint8 `[height, width, 3]`; None for a part that does not."""
+
+    vlm: np.ndarray | None = None
+    target: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
 
 class ChatFormat:
@@ -248,12 +282,16 @@ class ChatFormat:
 
 
 def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bool = False) -> Item:
-    """Turns an example into tokens, without decoding its images.
+    """Turns an example into tokens, reading no more of its images than their sizes.
 
     A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
-    next.
+    next. The VLM sees images in their own shape, but in an example that generates one, all are cropped to squares.
+
+    Raises:
+      BadExample: if an image cannot be read, or is too long for its width.
     """
     item, segments = Item(example["id"]), example["segments"]
+    square = any(segment["type"] == "image" and segment["generate"] for segment in segments)
     last = len(segments) - 1
     speakers = [segment.get("speaker") or ("assistant" if segment["generate"] else "user") for segment in segments]
     speaker, pending = None, []
@@ -268,14 +306,16 @@ def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bo
             if learned and (number == last or speakers[number + 1] != "assistant"):
                 _add_text(item, [chat.turn_end], True)
             continue
-        frame = Frame(segment["image"], segment["generate"], seen=not segment["generate"] or number != last)
+        frame = Frame(segment["image"], segment["generate"], square)
         item.frames.append(frame)
         if frame.generate:
             frame.text, pending = pending, []
-            frame.queries = _add_grid(item, chat, QUERY, sizes.query_grid, range(sizes.query_grid**2))
-        if frame.seen:
-            _add_grid(item, chat, IMAGE, sizes.merged_side, range(item.merged, item.merged + sizes.merged_side**2))
-            item.merged += sizes.merged_side**2
+            frame.queries = _add_grid(item, chat, QUERY, sizes.query_grid, sizes.query_grid)
+        if not frame.generate or number != last:
+            frame.size = _vlm_size(frame, sizes)
+            rows, cols = (side // sizes.merged_patch for side in frame.size)
+            _add_grid(item, chat, IMAGE, rows, cols, first=item.merged)
+            item.merged += rows * cols
     generated = [number for number, frame in enumerate(item.frames) if frame.generate]
     for number, frame in enumerate(item.frames):
         frame.clean = bool(generated) and number < generated[-1]
@@ -294,19 +334,44 @@ def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
     return list(range(start, len(item.ids)))
 
 
-def _add_grid(item: Item, chat: ChatFormat, kind: int, side: int, source: range) -> list[int]:
-    """Appends a square of IMAGE or QUERY tokens between the vision marks, and returns where they stand."""
+def _vlm_size(frame: Frame, sizes: Geometry) -> tuple[int, int]:
+    height, width = image_lib.read_size(frame.encoded)
+    if frame.square:
+        height = width = min(height, width)
+    return image_lib.smart_resize(height, width, sizes.merged_patch, *sizes.vlm_pixels)
+
+
+def _add_grid(item: Item, chat: ChatFormat, kind: int, rows: int, cols: int, first: int = 0) -> list[int]:
+    """Appends a grid of IMAGE or QUERY tokens between the vision marks, and returns where they stand."""
     _add_text(item, [chat.vision_start])
     start = len(item.ids)
-    for index in source:
+    for index in range(rows * cols):
         item.ids.append(chat.image_pad)
         item.kinds.append(kind)
         item.frame_of.append(len(item.frames) - 1)
-        item.source.append(index)
+        item.source.append(first + index)
         item.learned.append(False)
-    item.grids.append((side, side))
+    item.grids.append((rows, cols))
     _add_text(item, [chat.vision_end])
-    return list(range(start, start + side * side))
+    return list(range(start, start + rows * cols))
+
+
+def picture(frame: Frame, sizes: Geometry) -> Picture:
+    """Decodes an image for the parts that take it.
+
+    Raises:
+      BadExample: if it does not decode.
+    """
+    image = image_lib.open_rgb(frame.encoded)
+    if frame.square:
+        image = image_lib.centre_square(image)
+    return Picture(
+        vlm=image_lib.resize(image, *frame.size) if frame.size else None,
+        target=image_lib.scale(image, sizes.target_size) if frame.generate and sizes.target_size else None,
+        pixels=image_lib.scale(image, sizes.image_size)
+        if (frame.generate or frame.clean) and sizes.image_size
+        else None,
+    )
 
 
 def lengths(item: Item, sizes: Geometry) -> Lengths:
@@ -352,14 +417,14 @@ def plan(taken: list[Lengths], budgets: Budgets, rng: np.random.Generator) -> li
 
 
 def assemble(
-    rows: list[list[tuple[Item, list[np.ndarray]]]], first: int, budgets: Budgets, sizes: Geometry
+    rows: list[list[tuple[Item, list[Picture]]]], first: int, budgets: Budgets, sizes: Geometry
 ) -> Interleaved:
-    """Writes rows of (item, decoded images) into arrays; `first` is the global position of the first row."""
+    """Writes rows of (item, its images) into arrays; `first` is the global position of the first row."""
     batch = empty(len(rows), budgets, sizes)
     for b, row in enumerate(rows):
         cursor = _Cursor()
-        for document, (item, pixels) in enumerate(row):
-            _write_item(batch, b, document, item, pixels, cursor, sizes)
+        for document, (item, pictures) in enumerate(row):
+            _write_item(batch, b, document, item, pictures, cursor, sizes)
     return batch._replace(row=np.arange(first, first + len(rows), dtype=np.int32))
 
 
@@ -375,7 +440,7 @@ class _Cursor:
 
 
 def _write_item(
-    batch: Interleaved, b: int, document: int, item: Item, pixels: list[np.ndarray], at: _Cursor, sizes: Geometry
+    batch: Interleaved, b: int, document: int, item: Item, pictures: list[Picture], at: _Cursor, sizes: Geometry
 ) -> None:
     start, first_slot = at.token, at.slot
     span = slice(start, start + len(item.ids))
@@ -391,10 +456,13 @@ def _write_item(
     tokens.targets[b, start + learned - 1] = np.array(item.ids)[learned]
     at.token = span.stop
 
-    for frame, picture in zip(item.frames, pixels):
-        batch.images.pixels[b, at.slot] = picture
-        if frame.seen:
-            _write_patches(batch.patches, b, document, picture, at, sizes)
+    for frame, picture in zip(item.frames, pictures):
+        if picture.pixels is not None:
+            batch.images.pixels[b, at.slot] = picture.pixels
+        if picture.target is not None:
+            batch.images.targets[b, at.slot] = picture.target
+        if picture.vlm is not None:
+            _write_patches(batch.patches, b, document, picture.vlm, at, sizes)
         if frame.generate:
             batch.images.generated[b, at.slot] = True
             batch.images.queries[b, at.slot] = start + np.array(frame.queries)
@@ -404,7 +472,8 @@ def _write_item(
 
 
 def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray, at: _Cursor, sizes: Geometry) -> None:
-    rows, cols = patches_lib.merge_order(sizes.vision_side, sizes.vision_side, sizes.merge)
+    height, width, _ = picture.shape
+    rows, cols = patches_lib.merge_order(height // sizes.vision_patch, width // sizes.vision_patch, sizes.merge)
     span = slice(at.patch, at.patch + rows.size)
     patches.values[b, span] = image_lib.patches(picture, sizes.vision_patch, sizes.merge)
     _write_meta(patches.meta, b, span, document, at.slot, IMAGE, rows, cols)
@@ -449,7 +518,11 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
         index = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()
         return TokenMeta(zeros(length), zeros(length), zeros(length) + PAD, zeros(length), zeros(length), index)
 
-    size, images, length = sizes.image_size, budgets.images, budgets.vlm_tokens
+    images, length = budgets.images, budgets.vlm_tokens
+
+    def pixels(size: int) -> np.ndarray:
+        return np.zeros((rows, images, size, size, 3), np.uint8)
+
     return Interleaved(
         row=zeros(),
         tokens=Tokens(zeros(length), meta(length), zeros(length, 3), zeros(length), zeros(length) - 1),
@@ -457,7 +530,8 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
             np.zeros((rows, budgets.vision_patches, sizes.vision_patch**2 * 3), np.uint8), meta(budgets.vision_patches)
         ),
         images=Images(
-            np.zeros((rows, images, size, size, 3), np.uint8),
+            pixels(sizes.image_size),
+            pixels(sizes.target_size),
             np.zeros((rows, images), bool),
             zeros(images, sizes.query_grid**2),
         ),
@@ -474,8 +548,9 @@ def placeholder(config: Config) -> Interleaved | Pairs:
     """A batch of one empty row in the shapes of a run, to derive parameters from."""
     if config.data.layout == "interleaved":
         return empty(1, config.data.budgets, geometry(config.model, config.data))
-    blank = np.zeros((config.data.image_size, config.data.image_size, 3), np.uint8)
-    return assemble_pairs([(blank, [0])], 0, config.model.vision_target.text.max_length)
+    target = config.model.vision_target
+    blank = np.zeros((target.vision.image_size, target.vision.image_size, 3), np.uint8)
+    return assemble_pairs([(blank, [0])], 0, target.text.max_length)
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import logging
 
@@ -23,7 +24,7 @@ from mmcore_jax.data.sources import ShardSource
 from mmcore_jax.data.text import load_tokenizer
 
 PREFETCH = 16  # batches
-_CACHED = 20_000  # prepared examples kept in memory
+_CACHE_BYTES = 4 << 30  # of prepared examples kept in memory
 
 
 class Batch(NamedTuple):
@@ -53,7 +54,8 @@ class Batches(grain.MapDataset):
             self._format = layout.ChatFormat(self.tokenizer)
             self._sizes = layout.geometry(config.model, config.data)
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
-        self._prepared = functools.lru_cache(_CACHED)(self._prepare)
+        blank = jax.tree.leaves(layout.placeholder(config))
+        self._prepared = functools.lru_cache(_CACHE_BYTES // sum(array.nbytes for array in blank))(self._prepare)
         self._lengths = [self._scan(number) for number in range(len(self._sources))]
         self._usable = [np.flatnonzero([taken is not None for taken in lengths]) for lengths in self._lengths]
         self._row_counts, self._row_counts_lock = [0], threading.Lock()
@@ -104,7 +106,7 @@ class Batches(grain.MapDataset):
             )
         return taken
 
-    def _prepare(self, number: int, index: int) -> tuple[str, Any, layout.Lengths, list[np.ndarray]]:
+    def _prepare(self, number: int, index: int) -> tuple[str, Any, layout.Lengths, list]:
         """Reads, checks, tokenises and decodes one example."""
         example = self._sources[number][index]
         if self._data.layout == "pairs":
@@ -115,14 +117,14 @@ class Batches(grain.MapDataset):
                 example["id"],
                 tokens,
                 layout.Lengths(0, 0, 0, 0, 1),
-                [image_lib.decode(encoded, self._data.image_size)],
+                [image_lib.decode(encoded, self._config.model.vision_target.vision.image_size)],
             )
         item = layout.make_item(example, self._format, self._sizes, self._user_text)
         taken = layout.lengths(item, self._sizes)
         too_long = layout.exceeded(taken, self._data.budgets)
         if too_long:
             raise BadExample(too_long)
-        return item.id, item, taken, [image_lib.decode(frame.encoded, self._data.image_size) for frame in item.frames]
+        return item.id, item, taken, [layout.picture(frame, self._sizes) for frame in item.frames]
 
     def _plan_window(self, window: int) -> list[list[mixture.Draw]]:
         seed, lengths = self._config.seed, [len(usable) for usable in self._usable]
@@ -147,5 +149,5 @@ class Batches(grain.MapDataset):
         if self._data.layout == "pairs":
             pairs = [(pixels[0], tokens) for ((_, tokens, _, pixels),) in rows]
             return layout.assemble_pairs(pairs, first, self._config.model.vision_target.text.max_length)
-        packed = [[(item, pixels) for _, item, _, pixels in row] for row in rows]
+        packed = [[(item, pictures) for _, item, _, pictures in row] for row in rows]
         return layout.assemble(packed, first, self._data.budgets, self._sizes)

@@ -13,7 +13,6 @@ import numpy as np
 
 from mmcore_jax.bridge.conditioning import Drop
 from mmcore_jax.config import Budgets, Config
-from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.layout import Interleaved
@@ -93,11 +92,10 @@ def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Arr
 
 def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:
     """Batches of one example a row; the last one is filled up with the last example."""
-    size = run.config.data.image_size
     chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, run.config.data)
     items = [layout.make_item(example, chat, sizes) for example in examples]
     budgets = Budgets(*map(int, np.max([layout.lengths(item, sizes) for item in items], axis=0)))
     for first in range(0, len(items), batch_size):
         chosen = [items[min(first + offset, len(items) - 1)] for offset in range(batch_size)]
-        rows = [[(item, [image_lib.decode(frame.encoded, size) for frame in item.frames])] for item in chosen]
+        rows = [[(item, [layout.picture(frame, sizes) for frame in item.frames])] for item in chosen]
         yield layout.assemble(rows, first, budgets, sizes)

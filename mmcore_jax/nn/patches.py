@@ -1,5 +1,7 @@
 """Images to patches and back."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,3 +25,17 @@ def merge_order(rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarra
     """Row and column of the rows * cols patches of an image, the merge * merge patches of a merged token together."""
     grid = np.arange(rows * cols).reshape(rows // merge, merge, cols // merge, merge)
     return np.divmod(grid.transpose(0, 2, 1, 3).reshape(-1), cols)
+
+
+def average_pool(features: jax.Array, grid: int) -> jax.Array:
+    """Patches `[B, side * side, D]`, row by row, to cells `[B, grid * grid, D]`.
+
+    A cell is the mean over the patches that it covers, whole or in part, as in PyTorch's `adaptive_avg_pool2d`.
+    """
+    batch, patches, width = features.shape
+    side = math.isqrt(patches)
+    first, patch = np.arange(grid)[:, None] * side, np.arange(side) * grid
+    covered = (patch > first - grid) & (patch < first + side)
+    weights = (covered / covered.sum(1, keepdims=True)).astype(features.dtype)
+    pooled = jnp.einsum("rh,cw,bhwd->brcd", weights, weights, features.reshape(batch, side, side, width))
+    return pooled.reshape(batch, grid * grid, width)

@@ -1,14 +1,16 @@
 """Every entry of every gather table points to the right thing, on hand-written documents."""
 
 import dataclasses
+import io
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Budgets, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import example, layout
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.nn import patches as patches_lib
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL
@@ -91,7 +93,7 @@ def test_image_tokens_point_to_their_merged_patches():
     assert [len(seen[frame]) for frame in range(4)] == [4, 4, 4, 0]
     for frame in range(3):
         for index, token in enumerate(seen[frame]):
-            y, x = (merge * patch * corner for corner in divmod(index, SIZES.merged_side))
+            y, x = (merge * patch * corner for corner in divmod(index, 2))
             block = values[tokens.source[0, token]].transpose(0, 2, 1, 3, 4).reshape(merge * patch, merge * patch, 3)
             np.testing.assert_array_equal(block, PICTURES[frame][y : y + merge * patch, x : x + merge * patch])
 
@@ -99,12 +101,55 @@ def test_image_tokens_point_to_their_merged_patches():
 def test_patches_stand_where_their_metadata_says():
     meta, patch = ROW.patches.meta, SIZES.vision_patch
     used = np.flatnonzero(meta.kind[0] == IMAGE)
-    assert len(used) == 3 * SIZES.vision_side**2
+    assert len(used) == 3 * 4**2
     for number in used:
         y, x = meta.row[0, number] * patch, meta.col[0, number] * patch
         expected = PICTURES[meta.frame[0, number]][y : y + patch, x : x + patch]
         np.testing.assert_array_equal(ROW.patches.values[0, number].reshape(patch, patch, 3), expected)
     assert (meta.document[0, used] == 0).all()
+
+
+def oblong(generate=None):
+    """An example about an image of 8 x 20 pixels, at most 128 of which the VLM sees."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    segments = [example.image(buffer.getvalue()), example.text("what?"), example.text("a strip", "assistant")]
+    if generate is not None:
+        segments.append(example.image(generate, generate=True))
+    sizes = dataclasses.replace(SIZES, vlm_pixels=(16, 128), target_size=6)
+    one = example.validate({"id": "oblong", "task": "test", "segments": segments})
+    return pixels, rows.pack(one, sizes=sizes), layout.lengths(layout.make_item(one, CHAT, sizes), sizes)
+
+
+def test_the_vlm_sees_an_image_in_its_own_shape():
+    """8 x 20 pixels shrink to 4 x 16: the nearest multiples of a merged patch within the limit, as published."""
+    pixels, row, taken = oblong()
+    meta = row.patches.meta
+    used = meta.kind[0] == IMAGE
+    assert taken.vision_patches == used.sum() == 2 * 8
+    assert np.sum(row.tokens.meta.kind == IMAGE) == 1 * 4
+    np.testing.assert_array_equal(meta.row[0, used], [0, 0, 1, 1] * 4)
+    np.testing.assert_array_equal(meta.col[0, used], [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7])
+    seen = np.zeros((2, 8, 2, 2, 3), np.uint8)
+    seen[meta.row[0, used], meta.col[0, used]] = row.patches.values[0, used].reshape(-1, 2, 2, 3)
+    expected = Image.fromarray(pixels).resize((16, 4), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(seen.swapaxes(1, 2).reshape(4, 16, 3), expected)
+    assert not row.images.pixels.any()
+    assert not row.images.targets.any()
+
+
+def test_beside_a_generated_image_all_parts_see_the_same_square():
+    pixels, row, taken = oblong(rows.png(7))
+    assert taken.vision_patches == 4 * 4
+    meta, square = row.patches.meta, pixels[:, 6:14]
+    used = meta.kind[0] == IMAGE
+    seen = np.zeros((4, 4, 2, 2, 3), np.uint8)
+    seen[meta.row[0, used], meta.col[0, used]] = row.patches.values[0, used].reshape(-1, 2, 2, 3)
+    np.testing.assert_array_equal(seen.swapaxes(1, 2).reshape(8, 8, 3), square)
+    np.testing.assert_array_equal(row.images.pixels[0, :2], [square, rows.picture(7)])
+    target = Image.fromarray(rows.picture(7)).resize((6, 6), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(row.images.targets[0, :2], [np.zeros((6, 6, 3)), target])
 
 
 def test_images():
@@ -242,7 +287,10 @@ def test_pairs():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("--config.data.image_size=36", "image_size 36 must be a multiple of 8, for vision patches"),
+        ("--config.data.vlm_pixels=(36, 1024)", r"vlm_pixels \(36, 1024\) must ascend, from 64, the pixels of a token"),
+        ("--config.data.vlm_pixels=(1024, 64)", "vlm_pixels .* must ascend"),
+        ("--config.data.vlm_pixels=None", "vlm_pixels is None, but the stage has a VLM"),
+        ("--config.data.image_size=None", "image_size None must be a multiple of 4, for latent patches"),
         ("--config.model.dit.patch_size=5", "image_size 32 must be a multiple of 5, for latent patches"),
         ("--config.data.image_size=64", "64 makes 16 latent patches a side, but .*position_grid 8"),
         ("--config.data.budgets.vision_patches=66", "vision_patches 66 must be a multiple of 4"),

@@ -68,6 +68,7 @@ def make_config(data, layout="interleaved", limit=0.01, sources=("drawings", "ed
         sources=named,
         tokenizer=str(data / "tokenizer"),
         image_size=8,
+        vlm_pixels=(64, 64),
         window=window,
         bad_record_limit=limit,
         budgets=config.Budgets(vlm_tokens=80, vision_patches=16, context_tokens=40, latent_tokens=24, images=4),

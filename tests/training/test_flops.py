@@ -157,7 +157,7 @@ PARTS = {
     "vlm/vision": ("stage1", lambda m, b: m.vlm.vision(qwen_vl.normalize(b.patches.values), b.patches.meta), ()),
     "vlm/decoder": ("stage1", lambda m, b, x: m.vlm.decode(x, b.tokens.meta, b.tokens.positions), (hidden,)),
     "connector": ("stage1", lambda m, b, x: m.visual_embeddings(x, b), (hidden,)),
-    "vision_target": ("stage1", lambda m, b: m.target_embeddings(b.images.pixels), ()),
+    "vision_target": ("stage1", lambda m, b: m.target_embeddings(b.images.targets), ()),
     "conditioning": (
         "stage2",
         lambda m, b, x, visual: m.condition(x, visual, b, no_drop(b)),

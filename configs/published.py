@@ -1,0 +1,130 @@
+"""Published networks that the full-size recipes are made of, and where their checkpoints are expected.
+
+A directory holds what the hub serves under its name: for Qwen2.5-VL config.json, the tokenizer and *.safetensors; for
+SigLIP config.json and *.safetensors; of Stable Diffusion 3.5 the folders `transformer` and `vae` are read.
+"""
+
+from ml_collections import ConfigDict
+
+CHECKPOINTS = "checkpoints"
+QWEN_3B, QWEN_7B = f"{CHECKPOINTS}/Qwen2.5-VL-3B-Instruct", f"{CHECKPOINTS}/Qwen2.5-VL-7B-Instruct"
+SIGLIP = f"{CHECKPOINTS}/siglip-so400m-patch14-384"
+SD35_MEDIUM, SD35_LARGE = f"{CHECKPOINTS}/stable-diffusion-3.5-medium", f"{CHECKPOINTS}/stable-diffusion-3.5-large"
+
+SIGLIP_WIDTH = 1152
+VLM_PIXELS = (56 * 56, 448 * 448)  # at most 256 tokens an image
+VLM_PATCHES = 448 * 448 // 14**2
+
+
+def shards(task: str) -> str:
+    """Where the user's own shards of a task are expected, as a glob."""
+    return f"data/{task}/*.array_record"
+
+
+def qwen_3b() -> ConfigDict:
+    """Qwen2.5-VL-3B."""
+    sizes = dict(width=2048, depth=36, heads=16, kv_heads=2, mlp_width=11008, vocab_size=151936, tie_embeddings=True)
+    return _qwen(**sizes)
+
+
+def qwen_7b() -> ConfigDict:
+    """Qwen2.5-VL-7B."""
+    sizes = dict(width=3584, depth=28, heads=28, kv_heads=4, mlp_width=18944, vocab_size=152064, tie_embeddings=False)
+    return _qwen(**sizes)
+
+
+def _qwen(**sizes: int | bool) -> ConfigDict:
+    vision = dict(
+        width=1280,
+        depth=32,
+        heads=16,
+        mlp_width=3420,
+        patch_size=14,
+        merge_size=2,
+        window_size=112,
+        full_attention_blocks=(7, 15, 23, 31),
+    )
+    positions = dict(mrope_section=(16, 24, 24), rope_theta=1_000_000.0)
+    return ConfigDict(dict(**sizes, **positions, rms_norm_eps=1e-6, vision=vision))
+
+
+def siglip() -> ConfigDict:
+    """The vision tower of SigLIP so400m, patches of 14 at 384 pixels: 27 x 27 features."""
+    vision = dict(width=SIGLIP_WIDTH, depth=27, heads=16, mlp_width=4304, image_size=384, patch_size=14)
+    return ConfigDict(dict(vision=vision, text=None))
+
+
+def sd35_medium() -> ConfigDict:
+    """Stable Diffusion 3.5 medium, with dual attention."""
+    return _sd35(width=1536, depth=24, heads=24, dual_layers=13, position_grid=384)
+
+
+def sd35_large() -> ConfigDict:
+    """Stable Diffusion 3.5 large."""
+    return _sd35(width=2432, depth=38, heads=38, dual_layers=0, position_grid=192)
+
+
+def _sd35(**sizes: int) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            **sizes,
+            qk_norm=True,
+            patch_size=2,
+            latent_channels=16,
+            context_width=4096,
+            pooled_width=2048,
+            position="sincos",
+            position_base=64,
+            query_gain=1.0,
+            prediction="velocity",
+        )
+    )
+
+
+def sd3_autoencoder() -> ConfigDict:
+    """The 16-channel autoencoder of Stable Diffusion 3 and 3.5, in tiles beyond 2048 pixels."""
+    return ConfigDict(
+        dict(
+            kind="kl",
+            block_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            norm_groups=32,
+            quant_convs=False,
+            mid_attention=True,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            tile=256,
+        )
+    )
+
+
+def optimizer(**changes: float | str) -> ConfigDict:
+    """AdamW at a flat rate, betas as MetaQuery trains with (0.9, 0.95), but for what a stage changes."""
+    settings = dict(
+        learning_rate=1e-4,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        warmup_steps=1000,
+        decay="cosine",
+        flat=0.0,
+        final=0.1,
+        ema_decay=0.0,
+        accumulation=1,
+    )
+    return ConfigDict(settings | changes)
+
+
+def mesh() -> ConfigDict:
+    """Parameters split over all devices."""
+    return ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
+
+
+def execution() -> ConfigDict:
+    """bfloat16 products, one compiled layer a stack, everything in it computed again in the backward pass."""
+    return ConfigDict(
+        dict(compute_dtype="bfloat16", frozen_dtype="bfloat16", attention="blockwise", scan_layers=True, remat="full")
+    )
