@@ -26,6 +26,7 @@ from mmcore_jax.training import flops
 from mmcore_jax.training.optimizer import assign
 from mmcore_jax.training.state import Constants, abstract_state, make_plan
 from mmcore_jax.training.step import make_step
+from tests import rows
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FROZEN, TRAINED = Tuning(".*", frozen=True), Tuning(".*")
@@ -44,7 +45,8 @@ class WordTokenizer:
 def document(words=WORDS):
     """Two generated images, the second of which looks back at the first: every part has work."""
     prompt = text("word " * words)
-    return {"id": "", "task": "", "segments": [prompt, image(b"", True), prompt, image(b"", True)]}
+    drawing = image(rows.png(0, 32), True)
+    return {"id": "", "task": "", "segments": [prompt, drawing, prompt, drawing]}
 
 
 def wide(config, dual_layers):
@@ -109,8 +111,8 @@ class Case:
         sizes = layout.geometry(config.model, config.data)
         item = layout.make_item(document(), layout.ChatFormat(WordTokenizer()), sizes)
         budgets = config_lib.Budgets(*(length + padding for length in layout.lengths(item, sizes)))
-        pixels = [np.zeros((32, 32, 3), np.uint8)] * 2
-        return layout.assemble([[(item, pixels)]] * ROWS, 0, budgets, sizes)
+        pictures = [layout.picture(frame, sizes) for frame in item.frames]
+        return layout.assemble([[(item, pictures)]] * ROWS, 0, budgets, sizes)
 
     def counted_by_compiler(self, function, *inputs):
         """FLOPs of the optimised program of `function(bound model, batch, *inputs)`, forward."""
