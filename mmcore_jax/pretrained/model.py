@@ -142,15 +142,15 @@ def open_published(directory: str | pathlib.Path, component: str | None = None) 
 
 
 def _kind(settings: files.Settings) -> str | None:
-    return (
-        settings.get("model_type") or settings.get("_class_name") or next(iter(settings.get("architectures", [])), None)
-    )
+    named = settings.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return settings.get("model_type") or settings.get("_class_name") or first
 
 
 def _component(directory: pathlib.Path, component: str | None) -> pathlib.Path:
     index = files.read_json(directory / PIPELINE)
     kinds = {kind for family in FAMILIES for kind in family.kinds}
-    known = [name for name, value in index.items() if isinstance(value, list) and value[-1] in kinds]
+    known = [name for name, value in index.items() if isinstance(value, list) and kinds.intersection(map(str, value))]
     if component not in known:
         wanted = "is a pipeline" if component is None else f"has no component {component!r} of a family that we have"
         raise UserError(f"{directory} {wanted}: choose from {', '.join(known) or 'another checkpoint'}.")
