@@ -224,8 +224,7 @@ def forward(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _patch_features(model: nn.Module, params: Any, pixels: jax.Array) -> jax.Array:
-    images = (pixels.transpose(0, 2, 3, 1) + 1.0) * 127.5
-    return model.apply({"params": params}, images, method="patch_features")
+    return model.apply({"params": params}, pixels.transpose(0, 2, 3, 1), method="signed_features")[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
