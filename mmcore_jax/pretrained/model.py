@@ -171,6 +171,18 @@ def open_part(directory: str | pathlib.Path, part: str) -> Published:
     return published
 
 
+def files_to_fetch(directory: pathlib.Path, part: str) -> str | None:
+    """What of a published checkpoint must lie in `directory` to be a part of MMCORE; None for a part of no family."""
+    family = next((family for family in FAMILIES if family.part == part), None)
+    if family is None:
+        return None
+    # diffusers publishes pipelines, of which a component may also stand alone.
+    inside = "" if family.stem == "model" or directory.name == family.component else f"{family.component}/"
+    names = [f"{inside}config.json", f"{inside}{family.stem}*.safetensors", *family.beside]
+    names = [PIPELINE, *names] if inside else names
+    return f"{', '.join(names)} (and {inside}{family.stem}.safetensors.index.json, if in shards) of {family.name}"
+
+
 def abstract_params(
     family: Family,
     config: Any,

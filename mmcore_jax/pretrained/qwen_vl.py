@@ -259,4 +259,5 @@ FAMILY = Family(
     forward=forward,
     comparisons=comparisons,
     rename=rename,
+    beside=("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
 )
