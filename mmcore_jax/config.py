@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import ml_collections
 
@@ -43,6 +43,21 @@ def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
             sys.exit(2)
 
     return enter
+
+
+# --- Bounds -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """The least value of a setting of the type `Annotated[..., AtLeast(least)]`."""
+
+    least: float
+
+
+Count = Annotated[int, AtLeast(1)]
+Index = Annotated[int, AtLeast(0)]
+NotNegative = Annotated[float, AtLeast(0)]
 
 
 # --- The parts --------------------------------------------------------------------------------------------------------
@@ -450,7 +465,7 @@ def from_json(path: str | pathlib.Path) -> Config:
     return _convert(Config, json.loads(path.read_text()), "config", str(path))
 
 
-def from_dict(expected: Any, value: dict, path: str, file: str | pathlib.Path) -> Any:
+def from_dict(expected: Any, value: Any, path: str, file: str | pathlib.Path) -> Any:
     """Converts plain settings, which `file` keeps under `path`, into the type `expected`."""
     return _convert(expected, value, path, str(file))
 
@@ -498,7 +513,10 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected):
         return _convert_dataclass(expected, value, path, file)
-    if origin is types.UnionType:
+    if origin is Annotated:
+        kind, bound = arguments
+        return _within(bound, _convert(kind, value, path, file), path, file)
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(_member(arguments, value, path, file), value, path, file)
     if origin is Literal:
         if value not in arguments:
@@ -519,6 +537,12 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
     return value
 
 
+def _within(bound: AtLeast, value: Any, path: str, file: str) -> Any:
+    if not value >= bound.least:
+        raise UserError(f"{path} in {file} is {value!r}, expected at least {bound.least}.")
+    return value
+
+
 def _member(members: tuple, value: Any, path: str, file: str) -> Any:
     """The member of a union that a value is converted to: of several dataclasses, the one of its `kind`."""
     members = tuple(member for member in members if member is not types.NoneType)
@@ -532,7 +556,7 @@ def _convert_dataclass(expected: Any, value: Any, path: str, file: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{path} in {file} is {value!r}, expected the settings of {expected.__name__}.")
     fields = {field.name: field for field in dataclasses.fields(expected)}
-    hints = typing.get_type_hints(expected)
+    hints = typing.get_type_hints(expected, include_extras=True)
     for key in value:
         if key not in fields:
             raise UserError(f"unknown key {path}.{key} in {file}{_nearest(key, fields)}.")

@@ -28,7 +28,7 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
-from mmcore_jax.training.checkpoint import Checkpoints, initial_params
+from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_params
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, make_step
@@ -61,6 +61,8 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     if (checkpoints.latest_step or 0) >= config.total_steps:
         print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
         return 0
+    if checkpoints.latest_step is None:
+        check_sources(config)
     jax.set_mesh(mesh)
 
     # --- Data ---------------------------------------------------------------------------------------------------------

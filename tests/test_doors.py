@@ -98,6 +98,40 @@ def test_missing_predecessor_says_how_to_make_it(enter, data, tmp_path) -> None:
     check(result, "vision_target", "python -m mmcore_jax.train --config=configs/stage0.py:openmoji")
 
 
+QWEN = ("config.json, model*.safetensors, tokenizer.json, tokenizer_config.json", "preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "source", "words"),
+    [
+        ("stage2", "vlm", "Qwen2.5-VL-3B-Instruct", ("model.safetensors.index.json, if in shards", *QWEN)),
+        ("stage1", "vision_target", "siglip-so400m", ("config.json, model*.safetensors (and", "SigLIP")),
+        ("stage2", "dit", "sd3", ("model_index.json, transformer/config.json, transformer/diffusion_pytorch_model*",)),
+        ("stage2", "dit", "sd3/transformer", ("fetch config.json, diffusion_pytorch_model*.safetensors (and",)),
+        ("stage2", "autoencoder", "sd3", ("vae/config.json, vae/diffusion_pytorch_model*.safetensors",)),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_missing_checkpoint_says_what_to_fetch(enter, data, tmp_path, stage, part, source, words, there) -> None:
+    """Whether its directory is there and empty, or not; and before the data is read."""
+    directory = tmp_path / source
+    if there:
+        directory.mkdir(parents=True)
+    init = dict.fromkeys(tiny.config(stage, data).init, "random") | {part: str(directory)}
+    arguments = [*tiny.overrides(stage, tmp_path / "nowhere"), f"--config.init={init}"]
+    result = enter(train.main, f"--config=configs/{stage}.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    check(result, f"config.init.{part}", f"from {directory},", "put them there", *words)
+    assert "mmcore_jax.train" not in result[1]
+
+
+@pytest.mark.parametrize("source", ["runs/mine", "stage1-openmoji"])
+def test_missing_run_says_its_command(enter, data, tmp_path, source) -> None:
+    arguments = [*tiny.overrides("stage2", data), f"--config.init.vlm={tmp_path / source}"]
+    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    check(result, "config.init.vlm", "python -m mmcore_jax.train --config=configs/", f"--workdir={tmp_path / source}")
+    assert "safetensors" not in result[1]
+
+
 def test_workdir_of_another_run(data, tmp_path, enter) -> None:
     """Through a process of its own, as a user meets it; the run that lives there goes on unharmed."""
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data)]

@@ -68,8 +68,12 @@ def load_tokenizer(directory: str | pathlib.Path) -> "PreTrainedTokenizerBase":
       UserError: if the directory holds no tokenizer.
     """
     directory = pathlib.Path(directory)
-    if not (directory / "tokenizer_config.json").is_file():
-        raise UserError(f"no tokenizer in {directory}: expected the tokenizer_config.json that `prepare` writes there.")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(
+                f"no tokenizer in {directory}: {name} is missing, which `prepare` writes, or which you fetch with a "
+                "published model and put there."
+            )
     return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 

@@ -40,9 +40,13 @@ class SiglipModel(nn.Module):
 
     def features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images `[B, height, width, 3]` to hidden states of the patches `[B, S, D]` and pooled `[B, D]`."""
+        return self.signed_features(images.astype(jnp.float32) / 127.5 - 1.0)
+
+    def signed_features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same of images in [-1, 1]; what is left of them beside whole patches is not read."""
         size = self.config.vision.patch_size
-        height, width = (side // size * size for side in images.shape[1:3])  # what is left beside patches is not read
-        return self.vision(patchify(images[:, :height, :width].astype(jnp.float32) / 127.5 - 1.0, size))
+        height, width = (side // size * size for side in images.shape[1:3])
+        return self.vision(patchify(images[:, :height, :width], size))
 
     def naflex_features(self, patches: jax.Array, grids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images of different grids to hidden states `[B, S, D]`, without meaning on padding, and pooled `[B, D]`.

@@ -1,71 +1,73 @@
 """AutoencoderKL of Stable Diffusion and FLUX, by the names of diffusers."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.config import AutoencoderKL
+from mmcore_jax.config import AutoencoderKL, Count
 from mmcore_jax.models.autoencoder import AutoencoderKLModel
 from mmcore_jax.pretrained.family import Family
-from mmcore_jax.pretrained.files import Settings
+from mmcore_jax.pretrained.files import Section, Settings
 from mmcore_jax.pretrained.table import SAME, Entry, Transform, layer_norm, linear
 
 _CLASS = "AutoencoderKL"
 _CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-
-# What diffusers assumes where a published file is silent.
-_DEFAULTS = dict(
-    in_channels=3,
-    out_channels=3,
-    block_out_channels=(64,),
-    layers_per_block=1,
-    act_fn="silu",
-    latent_channels=4,
-    norm_num_groups=32,
-    scaling_factor=0.18215,
-    shift_factor=None,
-    latents_mean=None,
-    latents_std=None,
-    use_quant_conv=True,
-    use_post_quant_conv=True,
-    mid_block_add_attention=True,
-)
 # Linear layers of the attention in older files.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Autoencoder(Section):
+    """Defaults are what diffusers assumes; those of the types of blocks would not fit their number."""
+
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...]
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...]
+    block_out_channels: tuple[Count, ...] = (64,)
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    layers_per_block: Count = 1
+    act_fn: Literal["silu"] = "silu"
+    latent_channels: Count = 4
+    norm_num_groups: Count = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: Literal[None] = None
+    latents_std: Literal[None] = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+
 def read_config(settings: Settings) -> AutoencoderKL:
     """From the config.json of the autoencoder."""
-    settings = settings.over(_DEFAULTS)
-    levels, quant_convs = len(settings["block_out_channels"]), settings["use_quant_conv"]
-    settings.require(
-        in_channels=3,
-        out_channels=3,
-        act_fn="silu",
-        latents_mean=None,
-        latents_std=None,
-        use_post_quant_conv=quant_convs,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-    )
+    c = settings.read(_Autoencoder)
+    levels, groups = len(c.block_out_channels), c.norm_num_groups
+    c.require("block_out_channels", levels > 0, "at least one")
+    for key in ("down_block_types", "up_block_types"):
+        c.require(key, len(getattr(c, key)) == levels, f"{levels}, as many as block_out_channels")
+    fits = all(channels % groups == 0 for channels in c.block_out_channels)
+    c.require("block_out_channels", fits, f"multiples of norm_num_groups {groups}")
+    c.require("scaling_factor", c.scaling_factor > 0, "more than 0")
+    c.require("use_post_quant_conv", c.use_post_quant_conv == c.use_quant_conv, f"use_quant_conv {c.use_quant_conv}")
     return AutoencoderKL(
         kind="kl",
-        block_channels=tuple(settings["block_out_channels"]),
-        layers_per_block=settings["layers_per_block"],
-        latent_channels=settings["latent_channels"],
-        norm_groups=settings["norm_num_groups"],
-        quant_convs=quant_convs,
-        mid_attention=settings["mid_block_add_attention"],
-        scaling_factor=settings["scaling_factor"],
-        shift_factor=settings["shift_factor"] or 0.0,
+        block_channels=c.block_out_channels,
+        layers_per_block=c.layers_per_block,
+        latent_channels=c.latent_channels,
+        norm_groups=groups,
+        quant_convs=c.use_quant_conv,
+        mid_attention=c.mid_block_add_attention,
+        scaling_factor=c.scaling_factor,
+        shift_factor=c.shift_factor or 0.0,
         tile=0,
     )
 

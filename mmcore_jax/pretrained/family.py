@@ -42,6 +42,7 @@ class Family:
       comparisons: yields (what it is, ours, the original's), of a loaded checkpoint and its directory, on random input.
       rename: their name as the table has it, None for a tensor that our config does without.
       buffers: what they store and we compute.
+      beside: files that are published with the weights, and needed with them.
       encode: of an autoencoder, (model, params, images) to the mean and log-variance of latents.
       decode: of an autoencoder, (model, params, latents) to images.
     """
@@ -61,5 +62,6 @@ class Family:
     comparisons: Callable[[Any, pathlib.Path], Iterator[tuple[str, jax.Array, np.ndarray]]]
     rename: Callable[[Any, str], str | None] = _as_it_is
     buffers: Callable[[Any], dict[str, np.ndarray]] = _no_buffers
+    beside: tuple[str, ...] = ()
     encode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode: Callable[..., jax.Array] | None = None

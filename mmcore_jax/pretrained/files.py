@@ -1,10 +1,12 @@
-"""Safetensors files: headers checked, tensors mapped and never held, directories written whole or not at all.
+"""Files of published checkpoints: settings and headers checked, tensors mapped and never held, directories written
+whole or not at all.
 
-The format: eight bytes of header length, a JSON header of {name: dtype, shape, data_offsets}, then the bytes. Read
-here because the published reader has no bfloat16 in NumPy, nor slices that leave no pages behind.
+The format of safetensors: eight bytes of header length, a JSON header of {name: dtype, shape, data_offsets}, then the
+bytes. Read here because the published reader has no bfloat16 in NumPy, nor slices that leave no pages behind.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import mmap
@@ -13,12 +15,14 @@ import pathlib
 import shutil
 import struct
 import tempfile
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from mmcore_jax import config
 from mmcore_jax.config import UserError
 
 DTYPES = {
@@ -30,6 +34,80 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 _LENGTH = struct.Struct("<Q")
 _AGAIN = "fetch the file again"
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+Read = typing.TypeVar("Read", bound="Section")
+
+
+class Settings(dict):
+    """An object of a JSON file, which it keeps under `path`; a key that it lacks is a mistake that names the file."""
+
+    def __init__(self, values: Mapping[str, Any], file: pathlib.Path, path: str = "") -> None:
+        super().__init__(values)
+        self.file, self._path = file, path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.file} has no {self.name(key)!r}: {_AGAIN}.")
+
+    def name(self, key: str) -> str:
+        """A key as the whole file has it."""
+        return f"{self._path}{key}"
+
+    def section(self, key: str) -> "Settings":
+        """The object that a key holds."""
+        if not isinstance(self[key], Settings):
+            raise UserError(f"{self.name(key)} in {self.file} is {self[key]!r}, expected an object: {_AGAIN}.")
+        return Settings(self[key], self.file, f"{self.name(key)}.")
+
+    def read(self, expected: type[Read]) -> Read:
+        """Converts the settings that `expected` names, and leaves all others aside.
+
+        Raises:
+          UserError: naming the file and the key, if one is missing or has another type, or none of the values, that
+            `expected` allows.
+        """
+        types = typing.get_type_hints(expected, include_extras=True)
+        _, *fields = dataclasses.fields(expected)
+        keys = [field.name for field in fields if field.name in self or field.default is dataclasses.MISSING]
+        values = {key: config.from_dict(types[key], self[key], self.name(key), self.file) for key in keys}
+        return expected(self, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What we read of `Settings`: subclasses name keys, their types, and what is meant where the file is silent."""
+
+    source: Settings
+
+    def require(self, key: str, fits: bool, expected: Any) -> None:
+        """Raises `UserError` if the value of a key does not fit others."""
+        if not fits:
+            where = f"{self.source.name(key)} in {self.source.file}"
+            raise UserError(f"{where} is {getattr(self, key)!r}, expected {expected}: {_AGAIN}.")
+
+    def require_multiple(self, key: str, of: str) -> None:
+        """Raises `UserError` if the value of a key is no multiple of that of another."""
+        divisor = getattr(self, of)
+        self.require(key, getattr(self, key) % divisor == 0, f"a multiple of {self.source.name(of)}, {divisor}")
+
+
+def read_json(file: pathlib.Path) -> Settings:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: if it is missing or damaged; and later, for a key that it lacks.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing: fetch it, and put it beside the weights.")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Settings(values, file))
+    except ValueError as error:
+        raise UserError(f"{file} is no valid JSON: {_AGAIN}.") from error
+    if not isinstance(value, Settings):
+        raise UserError(f"{file} holds no JSON object: {_AGAIN}.")
+    return value
+
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
@@ -110,9 +188,15 @@ def open_tensors(directory: pathlib.Path, stem: str) -> Tensors:
     raise UserError(f"{directory} has no weights: fetch {whole.name}, or {index.name} and the shards that it lists.")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Index(Section):
+    weight_map: dict[str, str]
+
+
 def _read_shards(index: pathlib.Path) -> dict[str, Stored]:
-    weight_map = read_json(index)["weight_map"]
-    stored = {}
+    listed = read_json(index).read(_Index)
+    weight_map, stored = listed.weight_map, {}
+    listed.require("weight_map", bool(weight_map), "at least one tensor")
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
             raise UserError(f"{index.parent / shard} is missing, which {index.name} lists: {_AGAIN}.")
@@ -166,44 +250,6 @@ def _check_extent(file: pathlib.Path, stored: dict[str, Stored], begin: int, siz
             raise UserError(f"{file} is damaged, its tensor {name!r} has another size than its shape: {_AGAIN}.")
     if max(tensor.stop for tensor in stored.values()) != size:
         raise UserError(f"{file} is damaged, it goes on after its last tensor: {_AGAIN}.")
-
-
-class Settings(dict):
-    """An object of a JSON file; a key that it lacks is a mistake that names the file."""
-
-    def __init__(self, values: Mapping[str, Any], file: pathlib.Path) -> None:
-        super().__init__(values)
-        self.file = file
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file} has no {key!r}: {_AGAIN}.")
-
-    def over(self, defaults: Mapping[str, Any]) -> "Settings":
-        """These settings, and `defaults` where they are silent."""
-        return Settings({**defaults, **self}, self.file)
-
-    def require(self, **implemented: Any) -> None:
-        """Raises `UserError` for a setting that has another value than the one that is implemented."""
-        for key, value in implemented.items():
-            if self[key] != value:
-                raise UserError(f"{self.file} has {key} {self[key]!r}, but only {value!r} is implemented.")
-
-
-def read_json(file: pathlib.Path) -> Settings:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: if it is missing or damaged; and later, for a key that it lacks.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} is missing: fetch it, and put it beside the weights.")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Settings(values, file))
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON: {_AGAIN}.") from error
-    if not isinstance(value, Settings):
-        raise UserError(f"{file} holds no JSON object: {_AGAIN}.")
-    return value
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -1,42 +1,26 @@
 """The SD3 family, by the names of diffusers (`SD3Transformer2DModel`)."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.config import MMDiT, UserError
+from mmcore_jax.config import Count, Index, MMDiT, UserError
 from mmcore_jax.models.mmdit import MMDiTModel, Slots, sincos_table
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import NOISED, TEXT, TokenMeta
 from mmcore_jax.nn.patches import patchify, unpatchify
 from mmcore_jax.pretrained.family import Family
-from mmcore_jax.pretrained.files import Settings
+from mmcore_jax.pretrained.files import Section, Settings
 from mmcore_jax.pretrained.table import SAME, Entry, layer_range, linear, patch_kernel, rms_norm, swapped_linear
 
 _CLASS = "SD3Transformer2DModel"
-
-# What diffusers assumes where a published file is silent.
-_DEFAULTS = dict(
-    sample_size=128,
-    patch_size=2,
-    in_channels=16,
-    out_channels=16,
-    num_layers=18,
-    attention_head_dim=64,
-    num_attention_heads=18,
-    joint_attention_dim=4096,
-    caption_projection_dim=1152,
-    pooled_projection_dim=2048,
-    pos_embed_max_size=96,
-    dual_attention_layers=(),
-    qk_norm=None,
-)
 _IMAGE = dict(q="to_q", k="to_k", v="to_v", out="to_out.0", q_norm="norm_q", k_norm="norm_k")
 _CONTEXT = dict(
     q="add_q_proj", k="add_k_proj", v="add_v_proj", out="to_add_out", q_norm="norm_added_q", k_norm="norm_added_k"
@@ -45,30 +29,49 @@ _CONTEXT = dict(
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Transformer(Section):
+    """Defaults are what diffusers assumes."""
+
+    sample_size: Count = 128
+    patch_size: Count = 2
+    in_channels: Count = 16
+    out_channels: Count = 16
+    num_layers: Count = 18
+    attention_head_dim: Count = 64
+    num_attention_heads: Count = 18
+    joint_attention_dim: Count = 4096
+    caption_projection_dim: Count = 1152
+    pooled_projection_dim: Index = 2048
+    pos_embed_max_size: Count = 96
+    dual_attention_layers: tuple[Index, ...] = ()
+    qk_norm: Literal["rms_norm"] | None = None
+
+
 def read_config(settings: Settings) -> MMDiT:
     """From the config.json of the transformer."""
-    settings = settings.over(_DEFAULTS)
-    width, dual = settings["num_attention_heads"] * settings["attention_head_dim"], settings["dual_attention_layers"]
-    settings.require(out_channels=settings["in_channels"], caption_projection_dim=width)
-    if list(dual) != list(range(len(dual))):
-        raise UserError(
-            f"{settings.file} has dual_attention_layers {dual}, but only the first ones can be implemented."
-        )
-    if settings["qk_norm"] is not None:
-        settings.require(qk_norm="rms_norm")
+    c = settings.read(_Transformer)
+    width, dual = c.num_attention_heads * c.attention_head_dim, len(c.dual_attention_layers)
+    c.require("out_channels", c.out_channels == c.in_channels, f"in_channels {c.in_channels}")
+    c.require("attention_head_dim", width % 4 == 0, "heads whose channels are a multiple of 4 together")
+    c.require("caption_projection_dim", c.caption_projection_dim == width, f"{width}, the channels of all heads")
+    c.require("dual_attention_layers", c.dual_attention_layers == tuple(range(dual)), "the first layers only")
+    c.require("dual_attention_layers", dual < c.num_layers, f"fewer than num_layers {c.num_layers}")
+    c.require("pos_embed_max_size", c.pos_embed_max_size % 2 == 0, "an even size, as all published tables have")
+    c.require("sample_size", c.sample_size >= c.patch_size, f"at least patch_size {c.patch_size}")
     return MMDiT(
         width=width,
-        depth=settings["num_layers"],
-        heads=settings["num_attention_heads"],
-        dual_layers=len(dual),
-        qk_norm=settings["qk_norm"] is not None,
-        patch_size=settings["patch_size"],
-        latent_channels=settings["in_channels"],
-        context_width=settings["joint_attention_dim"],
-        pooled_width=settings["pooled_projection_dim"],
+        depth=c.num_layers,
+        heads=c.num_attention_heads,
+        dual_layers=dual,
+        qk_norm=c.qk_norm is not None,
+        patch_size=c.patch_size,
+        latent_channels=c.in_channels,
+        context_width=c.joint_attention_dim,
+        pooled_width=c.pooled_projection_dim,
         position="sincos",
-        position_grid=settings["pos_embed_max_size"],
-        position_base=settings["sample_size"] // settings["patch_size"],
+        position_grid=c.pos_embed_max_size,
+        position_base=c.sample_size // c.patch_size,
         query_gain=1.0,
         prediction="velocity",
     )

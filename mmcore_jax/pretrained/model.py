@@ -142,15 +142,15 @@ def open_published(directory: str | pathlib.Path, component: str | None = None) 
 
 
 def _kind(settings: files.Settings) -> str | None:
-    return (
-        settings.get("model_type") or settings.get("_class_name") or next(iter(settings.get("architectures", [])), None)
-    )
+    named = settings.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return settings.get("model_type") or settings.get("_class_name") or first
 
 
 def _component(directory: pathlib.Path, component: str | None) -> pathlib.Path:
     index = files.read_json(directory / PIPELINE)
     kinds = {kind for family in FAMILIES for kind in family.kinds}
-    known = [name for name, value in index.items() if isinstance(value, list) and value[-1] in kinds]
+    known = [name for name, value in index.items() if isinstance(value, list) and kinds.intersection(map(str, value))]
     if component not in known:
         wanted = "is a pipeline" if component is None else f"has no component {component!r} of a family that we have"
         raise UserError(f"{directory} {wanted}: choose from {', '.join(known) or 'another checkpoint'}.")
@@ -169,6 +169,18 @@ def open_part(directory: str | pathlib.Path, part: str) -> Published:
     if published.family.part != part:
         raise UserError(f"{directory} is of the family {published.family.name}, which cannot be the part {part!r}.")
     return published
+
+
+def files_to_fetch(directory: pathlib.Path, part: str) -> str | None:
+    """What of a published checkpoint must lie in `directory` to be a part of MMCORE; None for a part of no family."""
+    family = next((family for family in FAMILIES if family.part == part), None)
+    if family is None:
+        return None
+    # diffusers publishes pipelines, of which a component may also stand alone.
+    inside = "" if family.stem == "model" or directory.name == family.component else f"{family.component}/"
+    names = [f"{inside}config.json", f"{inside}{family.stem}*.safetensors", *family.beside]
+    names = [PIPELINE, *names] if inside else names
+    return f"{', '.join(names)} (and {inside}{family.stem}.safetensors.index.json, if in shards) of {family.name}"
 
 
 def abstract_params(

@@ -1,18 +1,19 @@
 """Qwen2.5-VL, by the names of its published files (transformers `Qwen2_5_VLForConditionalGeneration`)."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from mmcore_jax.config import QwenVision, QwenVL
+from mmcore_jax.config import AtLeast, Count, Index, NotNegative, QwenVision, QwenVL
 from mmcore_jax.models import qwen_vl as network
 from mmcore_jax.pretrained.family import Family
-from mmcore_jax.pretrained.files import Settings
+from mmcore_jax.pretrained.files import Section, Settings
 from mmcore_jax.pretrained.table import SAME, TRANSPOSED, Entry, linear, rms_norm, video_patch_kernel
 
 # Special tokens of the published tokenizer.
@@ -26,34 +27,95 @@ _TOKENS = {
 }
 # Newer releases of transformers may write the decoder and the tower as siblings within the model.
 _PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+_Base = Annotated[float, AtLeast(1)]
+
+# --- Config -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole(Section):
+    """What belongs to neither tower."""
+
+    image_token_id: Index
+    tie_word_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text(Section):
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    intermediate_size: Count
+    vocab_size: Count
+    rms_norm_eps: NotNegative
+    hidden_act: Literal["silu"]
+    use_sliding_window: Literal[False] = False
+    tie_word_embeddings: bool = False
+    rope_theta: _Base | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rope(Section):
+    mrope_section: tuple[Count, Count, Count]
+    rope_theta: _Base | None = None
+    type: Literal["mrope", "default"] = "default"
+    rope_type: Literal["mrope", "default"] = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vision(Section):
+    hidden_size: Count
+    depth: Count
+    num_heads: Count
+    intermediate_size: Count
+    patch_size: Count
+    spatial_merge_size: Count
+    window_size: Count
+    fullatt_block_indexes: tuple[Index, ...]
+    out_hidden_size: Count
+    hidden_act: Literal["silu"]
+    temporal_patch_size: Literal[network.TEMPORAL_PATCH]
 
 
 def read_config(settings: Settings) -> QwenVL:
     """Published files keep the decoder's settings beside all others, newer ones within `text_config`."""
-    text, vision = settings.get("text_config") or settings, settings["vision_config"]
-    rope = text.get("rope_parameters") or text["rope_scaling"]
-    text.over({"use_sliding_window": False}).require(hidden_act="silu", use_sliding_window=False)
-    vision.require(hidden_act="silu", temporal_patch_size=network.TEMPORAL_PATCH, out_hidden_size=text["hidden_size"])
+    whole, beside = settings.read(_Whole), settings.section("text_config") if "text_config" in settings else settings
+    text, vision = beside.read(_Text), settings.section("vision_config").read(_Vision)
+    rope = beside.section("rope_parameters" if "rope_parameters" in beside else "rope_scaling").read(_Rope)
+    rope_theta = rope.rope_theta or text.rope_theta
+    text.require_multiple("hidden_size", "num_attention_heads")
+    text.require_multiple("num_attention_heads", "num_key_value_heads")
+    frequencies = text.hidden_size // text.num_attention_heads / 2
+    rope.require("mrope_section", sum(rope.mrope_section) == frequencies, f"a sum of {frequencies:g}, half a head")
+    (rope if "rope_theta" in rope.source else text).require("rope_theta", rope_theta is not None, "a number")
+    heads = vision.num_heads
+    vision.require(
+        "hidden_size", vision.hidden_size % (4 * heads) == 0, f"a multiple of 4 for each of {heads} num_heads"
+    )
+    unit = vision.patch_size * vision.spatial_merge_size
+    vision.require("window_size", vision.window_size % unit == 0, f"a multiple of {unit}, the side of a merged patch")
+    vision.require("out_hidden_size", vision.out_hidden_size == text.hidden_size, text.hidden_size)
     return QwenVL(
-        width=text["hidden_size"],
-        depth=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        mlp_width=text["intermediate_size"],
-        vocab_size=text["vocab_size"],
-        kv_heads=text["num_key_value_heads"],
-        mrope_section=tuple(rope["mrope_section"]),
-        rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
-        rms_norm_eps=text["rms_norm_eps"],
-        tie_embeddings=bool(settings.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        width=text.hidden_size,
+        depth=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        mlp_width=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        kv_heads=text.num_key_value_heads,
+        mrope_section=rope.mrope_section,
+        rope_theta=rope_theta,
+        rms_norm_eps=text.rms_norm_eps,
+        tie_embeddings=whole.tie_word_embeddings or text.tie_word_embeddings,
         vision=QwenVision(
-            width=vision["hidden_size"],
-            depth=vision["depth"],
-            heads=vision["num_heads"],
-            mlp_width=vision["intermediate_size"],
-            patch_size=vision["patch_size"],
-            merge_size=vision["spatial_merge_size"],
-            window_size=vision["window_size"],
-            full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
+            width=vision.hidden_size,
+            depth=vision.depth,
+            heads=vision.num_heads,
+            mlp_width=vision.intermediate_size,
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            full_attention_blocks=vision.fullatt_block_indexes,
         ),
     )
 
@@ -97,6 +159,9 @@ def write_config(c: QwenVL, dtype: str) -> dict[str, Any]:
     }
 
 
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+
 def rename(c: QwenVL, name: str) -> str | None:
     """The published name; None for a copy of tied embeddings."""
     if c.tie_embeddings and name == "lm_head.weight":
@@ -137,6 +202,9 @@ def _tower(c: QwenVL) -> Iterator[Entry]:
     yield from rms_norm("visual.merger.ln_q", "vision/merger/norm")
     yield from linear("visual.merger.mlp.0", "vision/merger/up")
     yield from linear("visual.merger.mlp.2", "vision/merger/down")
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
 
 
 def init(model: nn.Module, key: jax.Array) -> Any:
@@ -191,4 +259,5 @@ FAMILY = Family(
     forward=forward,
     comparisons=comparisons,
     rename=rename,
+    beside=("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
 )

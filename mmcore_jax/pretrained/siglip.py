@@ -3,67 +3,85 @@
 In transformers `SiglipModel`, and for NaFlex `Siglip2Model`; SigLIP2 of fixed resolution is published as SigLIP.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.config import Siglip, SiglipText, SiglipVision, Tower, UserError
+from mmcore_jax.config import Count, NotNegative, Siglip, SiglipText, SiglipVision, Tower, UserError
 from mmcore_jax.models.siglip import SiglipModel
 from mmcore_jax.pretrained.family import Family
-from mmcore_jax.pretrained.files import Settings
+from mmcore_jax.pretrained.files import Section, Settings
 from mmcore_jax.pretrained.table import FIRST, SAME, TRANSPOSED, Entry, layer_norm, linear, patch_kernel
 
 _VISION_ONLY = {False: "siglip_vision_model", True: "siglip2_vision_model"}  # by whether it is NaFlex
 
-# What transformers assumes where a published file is silent.
-_TOWER = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-)
-_TEXT = {**_TOWER, "vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None}
-_VISION = {**_TOWER, "num_channels": 3, "patch_size": 16, "vision_use_head": True}
-_VISION |= {"image_size": 224, "num_patches": 256}  # the latter of NaFlex
-
 # --- Config -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tower(Section):
+    """Defaults are what transformers assumes."""
+
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    layer_norm_eps: NotNegative = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text(_Tower):
+    vocab_size: Count = 32000
+    max_position_embeddings: Count = 64
+    projection_size: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vision(_Tower):
+    """`num_patches` is of NaFlex, `image_size` of fixed resolution."""
+
+    num_channels: Literal[3] = 3
+    patch_size: Count = 16
+    image_size: Count = 224
+    num_patches: Count = 256
+    vision_use_head: Literal[True] = True
 
 
 def read_config(settings: Settings) -> Siglip:
     """From the config.json of both towers, or of the vision tower."""
     alone, naflex = settings["model_type"] in _VISION_ONLY.values(), settings["model_type"].startswith("siglip2")
-    vision = (settings if alone else settings["vision_config"]).over(_VISION)
-    vision.require(hidden_act="gelu_pytorch_tanh", num_channels=3, vision_use_head=True)
-    patch = vision["patch_size"]
-    image_size = math.isqrt(vision["num_patches"]) * patch if naflex else vision["image_size"]
-    text = None if alone else _read_text(settings["text_config"].over(_TEXT), vision)
-    tower = SiglipVision(**_read_tower(vision), image_size=image_size, patch_size=patch, naflex=naflex)
-    return Siglip(tower, text, vision["layer_norm_eps"])
+    vision = (settings if alone else settings.section("vision_config")).read(_Vision)
+    patch = vision.patch_size
+    vision.require("image_size", vision.image_size >= patch or naflex, f"at least patch_size {patch}")
+    image_size = math.isqrt(vision.num_patches) * patch if naflex else vision.image_size
+    tower = SiglipVision(**_sizes(vision), image_size=image_size, patch_size=patch, naflex=naflex)
+    text = None if alone else _read_text(settings.section("text_config").read(_Text), vision)
+    return Siglip(tower, text, vision.layer_norm_eps)
 
 
-def _read_text(text: Settings, vision: Settings) -> SiglipText:
-    projected = text["hidden_size"] if text["projection_size"] is None else text["projection_size"]
-    if projected != vision["hidden_size"]:
-        raise UserError(f"{text.file} projects texts to {projected} and images to {vision['hidden_size']} channels.")
-    text.require(hidden_act="gelu_pytorch_tanh", layer_norm_eps=vision["layer_norm_eps"])
-    return SiglipText(**_read_tower(text), vocab_size=text["vocab_size"], max_length=text["max_position_embeddings"])
+def _read_text(text: _Text, vision: _Vision) -> SiglipText:
+    key = "hidden_size" if text.projection_size is None else "projection_size"
+    text.require(key, getattr(text, key) == vision.hidden_size, f"the hidden_size {vision.hidden_size} of images")
+    text.require("layer_norm_eps", text.layer_norm_eps == vision.layer_norm_eps, f"{vision.layer_norm_eps} of images")
+    return SiglipText(**_sizes(text), vocab_size=text.vocab_size, max_length=text.max_position_embeddings)
 
 
-def _read_tower(tower: Settings) -> dict[str, int]:
+def _sizes(tower: _Tower) -> dict[str, int]:
+    tower.require_multiple("hidden_size", "num_attention_heads")
     return dict(
-        width=tower["hidden_size"],
-        depth=tower["num_hidden_layers"],
-        heads=tower["num_attention_heads"],
-        mlp_width=tower["intermediate_size"],
+        width=tower.hidden_size,
+        depth=tower.num_hidden_layers,
+        heads=tower.num_attention_heads,
+        mlp_width=tower.intermediate_size,
     )
 
 
@@ -206,8 +224,7 @@ def forward(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _patch_features(model: nn.Module, params: Any, pixels: jax.Array) -> jax.Array:
-    images = (pixels.transpose(0, 2, 3, 1) + 1.0) * 127.5
-    return model.apply({"params": params}, images, method="patch_features")
+    return model.apply({"params": params}, pixels.transpose(0, 2, 3, 1), method="signed_features")[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -106,6 +106,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
 
+def check_sources(config: Config) -> None:
+    """Raises `UserError` if there is nothing where `config.init` says that a part comes from."""
+    for part, source in config.init.items():
+        if source != RANDOM:
+            _check_there(pathlib.Path(source), part, f"{config.stage} (config.init.{part})")
+
+
 def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
     """Parameters at the start of a run: each part that `paths` touch, from where `config.init` says.
 
@@ -163,32 +170,40 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
       wanted_by: for errors.
 
     Raises:
-      UserError: if there is nothing at `source`, a run is unfinished (naming the command that makes it), or the
-        network there is another.
+      UserError: if there is nothing at `source` (naming the command that makes it, or the files to fetch), a run is
+        unfinished, or the network there is another.
     """
     directory = pathlib.Path(source)
+    _check_there(directory, part, wanted_by)
     if pretrained.is_published(directory):
         return _load_published(directory, part, model, like, wanted_by)
     if (directory / PART_FILE).is_file():
         _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
         return _restore_part(_reader(directory), 0, "params", like, wanted_by)
-    command = _command_for(directory)
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{wanted_by} needs the part {part!r} from {source}, which holds no weights: make it with {command} , or, "
-            "for a published checkpoint, fetch its config.json and *.safetensors files and put them there."
-        )
     config = config_lib.from_json(directory / "config.json")
     manager = _reader(directory)
     step = manager.latest_step() or 0
     if step < config.total_steps:
-        raise UserError(f"{source} has reached step {step} of {config.total_steps}: finish it with {command}")
+        raise UserError(
+            f"{source} has reached step {step} of {config.total_steps}: finish it with {_command_for(directory)}"
+        )
     item = "ema" if config.optimizer.ema_decay else "params"
     if not any(path.split("/")[0] == part for path in manager.item_metadata(step)[item].tree):
         if config.init.get(part, RANDOM) == RANDOM:
             raise UserError(f"{source} has no part {part!r}, which {wanted_by} asks it for.")
         return load_weights(config.init[part], part, model, like, wanted_by)
     return _restore_part(manager, step, item, like, wanted_by)
+
+
+def _check_there(directory: pathlib.Path, part: str, wanted_by: str) -> None:
+    if any((directory / name).is_file() for name in (pretrained.PIPELINE, PART_FILE, "config.json")):
+        return
+    files = pretrained.files_to_fetch(directory, part)
+    if files is None or _is_run(directory):
+        remedy = f"make it with {_command_for(directory)}"
+    else:
+        remedy = f"fetch {files} and put them there."
+    raise UserError(f"{wanted_by} needs the part {part!r} from {directory}, which holds no weights: {remedy}")
 
 
 def _load_published(directory: pathlib.Path, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
@@ -324,6 +339,11 @@ def _checksums(params: Flat) -> dict[str, jax.Array]:
         return jnp.sum(bits * (2 * weights * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
 
     return jax.tree.map(checksum, params)
+
+
+def _is_run(directory: pathlib.Path) -> bool:
+    """Whether what is missing there would be a run, by its name: STAGE-RECIPE, or anything right in `runs`."""
+    return directory.parent.name == "runs" or re.fullmatch(r"stage\w*-\w+", directory.name) is not None
 
 
 def _command_for(workdir: pathlib.Path) -> str:

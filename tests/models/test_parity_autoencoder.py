@@ -18,6 +18,7 @@ from mmcore_jax.models.autoencoder import AutoencoderKLModel
 from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.pretrained import autoencoder_kl as keys
 from mmcore_jax.pretrained import table as key_table
+from tests.reference import randomise, state_of
 
 TOLERANCE = 1e-4
 # The peer's own error in bfloat16, times this, bounds ours.
@@ -70,16 +71,8 @@ def peer(c: config.AutoencoderKL) -> diffusers.AutoencoderKL:
 @functools.cache
 def published(name: str):
     """The published implementation with every parameter random, and its state."""
-    torch.manual_seed(0)
-    model = peer(CASES[name][0]).eval().requires_grad_(False)
-    for path, parameter in model.named_parameters():
-        if "norm" in path:
-            parameter.copy_(0.3 * torch.randn_like(parameter) + path.endswith("weight"))
-        elif parameter.ndim > 1:
-            parameter.copy_(torch.randn_like(parameter) * math.prod(parameter.shape[1:]) ** -0.5)
-        else:
-            parameter.copy_(0.1 * torch.randn_like(parameter))
-    return model, {path: value.numpy() for path, value in model.state_dict().items()}
+    model = randomise(peer(CASES[name][0]), scale=None).requires_grad_(False)
+    return model, state_of(model)
 
 
 def ours(name: str, dtype: str = "float32", attention: str = "dense", **changes):

@@ -23,6 +23,7 @@ from mmcore_jax.nn.masks import NOISED, TEXT, TokenMeta
 from mmcore_jax.nn.patches import patchify, unpatchify
 from mmcore_jax.pretrained import mmdit as keys
 from mmcore_jax.pretrained import table as key_table
+from tests.reference import randomise, state_of
 
 TOLERANCE = 1e-4
 
@@ -73,17 +74,7 @@ def build(c):
 @functools.cache
 def theirs(name):
     """The published implementation with every parameter random."""
-    torch.manual_seed(0)
-    model = build(CONFIGS[name]).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            is_norm = ".norm_" in path and "linear" not in path
-            parameter.copy_(torch.randn_like(parameter) * 0.12 + is_norm)
-    return model
-
-
-def state_of(model):
-    return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    return randomise(build(CONFIGS[name]))
 
 
 def arguments(c, images, context, timesteps, pooled):

@@ -20,6 +20,7 @@ from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn.masks import IMAGE
 from mmcore_jax.pretrained import qwen_vl as keys
 from mmcore_jax.pretrained import table as key_table
+from tests.reference import randomise
 
 TOLERANCE = 1e-4
 IMAGE_ID, START_ID, END_ID = 290, 291, 292
@@ -78,12 +79,7 @@ CONFIGS = {
 @functools.cache
 def make_reference(c):
     """The published implementation with every parameter random, and its state by the names of published files."""
-    torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(published_config(c)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.15 + ("norm" in name or "ln_q" in name))
-            parameter.copy_(parameter.bfloat16())  # so that both dtypes compute the same function
+    model = randomise(transformers.Qwen2_5_VLForConditionalGeneration(published_config(c)), 0.15, torch.bfloat16)
     return model, published_state(c, model.state_dict())
 
 

@@ -18,6 +18,7 @@ from mmcore_jax.models.siglip import SiglipModel
 from mmcore_jax.nn.patches import patchify
 from mmcore_jax.pretrained import siglip as keys
 from mmcore_jax.pretrained import table as key_table
+from tests.reference import randomise, state_of
 
 TOLERANCE = 1e-4
 CONFIG = config.Siglip(
@@ -50,11 +51,7 @@ def build(c, naflex=False):
 
 def randomised(model):
     """The published implementation with every parameter random, and its state."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.eval().named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name and name.endswith("weight")))
-    return model, {name: value.numpy() for name, value in model.state_dict().items()}
+    return randomise(model, 0.2), state_of(model)
 
 
 @pytest.fixture(scope="module")

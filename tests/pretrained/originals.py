@@ -4,12 +4,14 @@ import diffusers
 import torch
 import transformers
 
+from tests.reference import randomise
+
 IMAGE_TOKEN = 290
 
 
 def qwen_vl(tied: bool = False) -> torch.nn.Module:
     """Qwen2.5-VL with odd widths and grouped heads."""
-    return _randomise(
+    return randomise(
         transformers.Qwen2_5_VLForConditionalGeneration(
             transformers.Qwen2_5_VLConfig(
                 text_config=dict(
@@ -50,7 +52,7 @@ def siglip() -> torch.nn.Module:
     """SigLIP whose images its patches do not divide, as in so400m/14-384."""
     tower = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
     text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40)
-    return _randomise(
+    return randomise(
         transformers.SiglipModel(
             transformers.SiglipConfig(
                 text_config=text | dict(vocab_size=100, max_position_embeddings=17, bos_token_id=0, eos_token_id=1),
@@ -63,7 +65,7 @@ def siglip() -> torch.nn.Module:
 def siglip_vision() -> torch.nn.Module:
     """A vision tower alone."""
     tower = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
-    return _randomise(
+    return randomise(
         transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**tower, image_size=24, patch_size=4))
     )
 
@@ -72,7 +74,7 @@ def siglip2() -> torch.nn.Module:
     """SigLIP2 NaFlex, whose texts are projected to another width."""
     tower = dict(num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
     text = tower | dict(hidden_size=24, vocab_size=100, max_position_embeddings=17, projection_size=32)
-    return _randomise(
+    return randomise(
         transformers.Siglip2Model(
             transformers.Siglip2Config(
                 text_config=text | dict(bos_token_id=0, eos_token_id=1),
@@ -84,7 +86,7 @@ def siglip2() -> torch.nn.Module:
 
 def autoencoder_kl(quant_convs: bool = False) -> torch.nn.Module:
     """An autoencoder whose widths grow and stay."""
-    return _randomise(
+    return randomise(
         diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -102,7 +104,7 @@ def autoencoder_kl(quant_convs: bool = False) -> torch.nn.Module:
 
 def sd3(dual: int = 0, qk_norm: str | None = None) -> torch.nn.Module:
     """A member of the SD3 family."""
-    return _randomise(
+    return randomise(
         diffusers.SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
@@ -119,15 +121,6 @@ def sd3(dual: int = 0, qk_norm: str | None = None) -> torch.nn.Module:
             qk_norm=qk_norm,
         )
     )
-
-
-def _randomise(model: torch.nn.Module) -> torch.nn.Module:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = ("norm" in name or "ln_q" in name) and "linear" not in name and name.endswith("weight")
-            parameter.copy_(torch.randn_like(parameter) * 0.12 + is_norm)
-    return model.eval()
 
 
 ORIGINALS = {

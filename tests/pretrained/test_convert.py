@@ -105,7 +105,7 @@ def test_init_from_a_published_checkpoint(enter, tmp_path):
     [
         ("siglip", ["config.model.vision_target.vision.depth is 2 and must be 3", "config.init.vision_target"]),
         ("sd3", ["SD3", "vision_target"]),
-        (None, ["config.json", "*.safetensors", "python -m mmcore_jax.train", "config.init.vision_target"]),
+        (None, ["config.json", "model*.safetensors", "SigLIP", "put them there", "config.init.vision_target"]),
     ],
 )
 def test_init_from_the_wrong_place(tmp_path, original, words):

@@ -1,13 +1,17 @@
 """Bad checkpoints: one sentence that names the file, the tensor, and what to do; and nothing left behind."""
 
+import copy
+import functools
 import json
 import struct
+import sys
 
 import pytest
 
-from mmcore_jax import pretrained
+from mmcore_jax import convert, pretrained
 from mmcore_jax.config import UserError
 from mmcore_jax.pretrained import files
+from mmcore_jax.pretrained.model import open_published
 from tests.pretrained.originals import ORIGINALS
 
 NORM = "post_layernorm.weight"
@@ -144,7 +148,116 @@ def test_missing_key(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     del settings["text_config"]["hidden_size"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    check(tmp_path, "'hidden_size'", "config.json")
+    check(tmp_path, "'text_config.hidden_size'", "config.json")
+
+
+# --- Wrong values in config.json: a directory without weights, which are missed only where the config is accepted -----
+
+WRONG = ("nonsense", None, -1, 2.5, True, [], [7, "7"], {"a": 1})
+
+
+@pytest.fixture
+def converted(monkeypatch, capsys, tmp_path):
+    """What the door says of a config.json whose `path` has another value."""
+
+    def converted(settings: dict, path: str, value: object) -> str:
+        changed = copy.deepcopy(settings)
+        *sections, key = path.split(".")
+        section = changed
+        for name in sections:
+            section = section[name]
+        section[key] = value
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        monkeypatch.setattr(sys, "argv", ["convert", f"--from={tmp_path}", f"--to={tmp_path / 'out'}"])
+        with pytest.raises(SystemExit) as stopped:
+            convert.main()
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return converted
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What the original's `save_pretrained` writes into config.json, without its weights."""
+
+    @functools.cache
+    def written(name: str) -> dict:
+        directory = tmp_path_factory.mktemp("original")
+        ORIGINALS[name]().save_pretrained(directory)
+        return json.loads((directory / "config.json").read_text())
+
+    return written
+
+
+def paths(settings: dict, before: str = "") -> list[str]:
+    found = [f"{before}{key}" for key in settings]
+    for key, value in settings.items():
+        found += paths(value, f"{before}{key}.") if isinstance(value, dict) else []
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen_vl", "siglip", "siglip vision", "siglip2", "sd3.5 dual", "autoencoder"])
+def test_wrong_values(converted, written, name, tmp_path):
+    """A value of another type, of each key of the file: it is refused by name, or what is read does not change."""
+    settings, refused = written(name), set()
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    expected = open_published(tmp_path).config
+    for path in set(paths(settings)) - {"model_type", "architectures", "_class_name"}:
+        for value in WRONG:
+            line = converted(settings, path, value)
+            if f"{tmp_path} has no weights" not in line:
+                assert path in line, (value, line)
+                assert str(tmp_path / "config.json") in line, (path, value, line)
+                refused.add(path)
+            elif value == "nonsense":
+                assert open_published(tmp_path).config == expected, path
+    assert len(refused) > 8
+
+
+@pytest.mark.parametrize("value", [5, None, [], {}, [["x"]]])
+@pytest.mark.parametrize("key", ["model_type", "architectures"])
+def test_wrong_values_of_what_names_the_family(directory, key, value):
+    change_json(directory / "config.json", **{"model_type": None, "architectures": None, key: value})
+    check(directory, "config.json", "describes", "none of")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "words"),
+    [
+        ("qwen_vl", "text_config.num_attention_heads", 5, ["text_config.hidden_size", "48", "num_attention_heads, 5"]),
+        ("qwen_vl", "text_config.num_key_value_heads", 4, ["text_config.num_attention_heads", "key_value_heads, 4"]),
+        ("qwen_vl", "text_config.num_hidden_layers", "3", ["text_config.num_hidden_layers", "'3'", "expected int"]),
+        ("qwen_vl", "text_config.rope_parameters.mrope_section", [2, 1], ["mrope_section", "2 values", "expected 3"]),
+        ("qwen_vl", "text_config.rope_parameters.mrope_section", [2, 2, 2], ["mrope_section", "sum of 4"]),
+        ("qwen_vl", "text_config.rope_parameters.rope_type", "yarn", ["rope_type", "'yarn'"]),
+        ("qwen_vl", "vision_config.num_heads", 3, ["vision_config.hidden_size", "32", "3 num_heads"]),
+        ("qwen_vl", "vision_config.window_size", 20, ["vision_config.window_size", "20", "multiple of 8"]),
+        ("qwen_vl", "vision_config.out_hidden_size", 64, ["vision_config.out_hidden_size", "64", "expected 48"]),
+        ("siglip", "vision_config.num_attention_heads", 3, ["vision_config.hidden_size", "num_attention_heads, 3"]),
+        ("siglip", "text_config.num_attention_heads", 3, ["text_config.hidden_size", "num_attention_heads, 3"]),
+        ("siglip", "vision_config.image_size", 3, ["vision_config.image_size", "at least patch_size 4"]),
+        ("siglip", "text_config.projection_size", 24, ["text_config.projection_size", "24", "hidden_size 32"]),
+        ("siglip", "vision_config.patch_size", 0, ["vision_config.patch_size", "at least 1"]),
+        ("siglip vision", "hidden_size", -32, ["hidden_size", "-32", "at least 1"]),
+        ("siglip2", "vision_config.num_patches", None, ["vision_config.num_patches", "None", "expected int"]),
+        ("sd3.5 dual", "num_attention_heads", 5, ["caption_projection_dim", "72", "120"]),
+        ("sd3.5 dual", "dual_attention_layers", [1, 2], ["dual_attention_layers", "first layers"]),
+        ("sd3.5 dual", "dual_attention_layers", [0, 1, 2, 3], ["dual_attention_layers", "fewer than num_layers 4"]),
+        ("sd3.5 dual", "pos_embed_max_size", 23, ["pos_embed_max_size", "even"]),
+        ("sd3.5 dual", "sample_size", 1, ["sample_size", "at least patch_size 2"]),
+        ("sd3.5 dual", "out_channels", 8, ["out_channels", "8", "in_channels 4"]),
+        ("autoencoder", "norm_num_groups", 3, ["block_out_channels", "norm_num_groups 3"]),
+        ("autoencoder", "block_out_channels", [8, 16], ["down_block_types", "expected 2"]),
+        ("autoencoder", "down_block_types", ["AttnDownBlock2D"] * 3, ["down_block_types[0]", "'DownEncoderBlock2D'"]),
+        ("autoencoder", "scaling_factor", 0, ["scaling_factor", "more than 0"]),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit(converted, written, tmp_path, name, path, value, words):
+    line = converted(written(name), path, value)
+    for word in [*words, str(tmp_path / "config.json")]:
+        assert word in line, line
 
 
 def test_target_that_cannot_be_written(directory, tmp_path):
