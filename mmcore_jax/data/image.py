@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from mmcore_jax.config import UserError
+from mmcore_jax.config import QwenVision, UserError
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.models.qwen_vl import TEMPORAL_PATCH
+from mmcore_jax.models.qwen_vl import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH
 from mmcore_jax.nn.patches import merge_order
 
+PROCESSOR_FILE = "preprocessor_config.json"
 MAXIMUM_PIXELS = 64_000_000
 MAXIMUM_ASPECT_RATIO = 200
 
@@ -121,7 +122,7 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
     Raises:
       UserError: if the file is missing, lacks a setting, or asks for what Qwen2.5-VL does not do.
     """
-    path = pathlib.Path(directory) / "preprocessor_config.json"
+    path = pathlib.Path(directory) / PROCESSOR_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the directory of a published Qwen2.5-VL.")
     given = json.loads(path.read_text())
@@ -139,6 +140,16 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} lacks a setting ({error}): give the directory of a published Qwen2.5-VL.") from error
+
+
+def check_processor(directory: str | pathlib.Path, vision: QwenVision) -> None:
+    """Raises `UserError` if a published Qwen2.5-VL is meant to see images prepared otherwise than training does it."""
+    theirs = load_processor(directory)
+    ours = dict(patch_size=vision.patch_size, merge_size=vision.merge_size, mean=IMAGE_MEAN, std=IMAGE_STD)
+    for name, value in ours.items():
+        if not np.allclose(getattr(theirs, name), value, atol=1e-6):
+            file = pathlib.Path(directory) / PROCESSOR_FILE
+            raise UserError(f"{file} has {name} {getattr(theirs, name)}, but images are prepared with {value}.")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -13,10 +13,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mmcore_jax import config
 from mmcore_jax.config import UserError
+from mmcore_jax.data import example
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample
+from mmcore_jax.data.layout import Geometry
 from mmcore_jax.models import qwen_vl
-from mmcore_jax.nn import patches as patches_lib
+from mmcore_jax.nn.masks import IMAGE
+from tests import rows
 
 with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
     PHOTOGRAPH = Image.open(file).convert("RGB")  # 512 x 600
@@ -102,20 +105,35 @@ def test_siglip_sees_what_its_published_processor_gives(box, resample, record_pr
     assert found < 1e-5
 
 
-def test_patches_of_training_are_those_of_the_published_processor():
-    """The uint8 patches of a square image, normalised on the device, are the values that the network is given."""
-    patch, merge, size = 14, 2, 112
-    square = PHOTOGRAPH.resize((size, size))
-    vision = config.QwenVision(8, 1, 1, 8, patch, merge, 112, ())
+@pytest.mark.parametrize("box", CROPS)
+def test_training_sees_what_the_published_processor_gives(box):
+    """The uint8 patches of a row, normalised on the device, are the values that the published network is given."""
+    least, most = 56 * 56, 28 * 28 * 60
+    buffer = io.BytesIO()
+    PHOTOGRAPH.crop(box).save(buffer, "PNG")
+    document = {"id": "", "task": "", "segments": [example.image(buffer.getvalue()), example.text("a", "assistant")]}
+    sizes = Geometry((least, most), 14, 2, query_grid=2, target_size=0, image_size=0, latent_side=0)
+    budgets = config.Budgets(vlm_tokens=128, vision_patches=240, context_tokens=0, latent_tokens=0, images=1)
+    row = rows.pack(document, budgets=budgets, sizes=sizes)
+
+    vision = config.QwenVision(8, 1, 1, 8, 14, 2, 112, ())
     c = config.QwenVL(8, 1, 1, 8, 200, 1, (1, 1, 2), 1e4, 1e-6, True, vision)
-    published = Qwen2VLImageProcessorPil()(square, return_tensors="np")
-    merged = len(published["pixel_values"]) // merge**2
-    ids = np.full((1, merged), 5)
+    published = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)(PHOTOGRAPH.crop(box), return_tensors="np")
+    ids = np.full((1, len(published["pixel_values"]) // 4), 5)
     prompts = qwen_vl.prepare(c, ids, np.ones_like(ids), **published, image_token=5)
-    ours = qwen_vl.normalize(image_lib.patches(np.asarray(square), patch, merge))
-    np.testing.assert_allclose(ours, prompts.patches[0], atol=1e-5)
-    rows, cols = patches_lib.merge_order(size // patch, size // patch, merge)
-    np.testing.assert_array_equal([prompts.patch_meta.row[0], prompts.patch_meta.col[0]], [rows, cols])
+    used = row.patches.meta.kind[0] == IMAGE
+    np.testing.assert_allclose(qwen_vl.normalize(row.patches.values[0, used]), prompts.patches[0], atol=1e-5)
+    for ours, theirs in zip((row.patches.meta.row, row.patches.meta.col), prompts.patch_meta[3:5]):
+        np.testing.assert_array_equal(ours[0, used], theirs[0])
+
+
+def test_another_processor_is_refused(directory):
+    vision = config.QwenVision(8, 1, 1, 8, 14, 2, 112, ())
+    image_lib.check_processor(directory, vision)
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(image_mean=[0.5, 0.5, 0.5])))
+    with pytest.raises(UserError, match=r"has mean \(0.5, 0.5, 0.5\), but images are prepared with"):
+        image_lib.check_processor(directory, vision)
 
 
 def test_transparency_is_over_white():
