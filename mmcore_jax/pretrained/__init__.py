@@ -1,11 +1,13 @@
 """Published checkpoints in and out: `load`, `export`, and one file a family."""
 
 from mmcore_jax.pretrained.files import check_new, new_directory
+from mmcore_jax.pretrained.lora import without_lora
 from mmcore_jax.pretrained.model import (
     Pretrained,
     abstract_params,
     differences,
     export,
+    export_adapter,
     family_of,
     is_published,
     load,
@@ -19,10 +21,12 @@ __all__ = [
     "check_new",
     "differences",
     "export",
+    "export_adapter",
     "family_of",
     "is_published",
     "load",
     "new_directory",
     "open_part",
     "read",
+    "without_lora",
 ]

@@ -44,6 +44,8 @@ class Family:
       buffers: what they store and we compute.
       encode: of an autoencoder, (model, params, images) to the mean and log-variance of latents.
       decode: of an autoencoder, (model, params, latents) to images.
+      lora_entries: the key table of the LoRA alone, as PEFT names it, of a family that can have one.
+      lora_modules: a regular expression that PEFT finds by what has LoRA.
     """
 
     name: str
@@ -63,3 +65,5 @@ class Family:
     buffers: Callable[[Any], dict[str, np.ndarray]] = _no_buffers
     encode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode: Callable[..., jax.Array] | None = None
+    lora_entries: Callable[[Any], list[Entry]] | None = None
+    lora_modules: Callable[[Any], str] | None = None
