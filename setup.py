@@ -53,6 +53,7 @@ setup(
             "chex>=0.1.91",
             "diffusers>=0.36",
             "matplotlib>=3.10",  # ships a photograph
+            "peft>=0.18",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",

@@ -49,6 +49,7 @@ def vlm() -> ConfigDict:
             rms_norm_eps=1e-6,
             tie_embeddings=False,
             vision=vision,
+            lora=None,
         )
     )
 

@@ -4,6 +4,7 @@
 
 Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
 `openmoji`: after stage 0; 3 minutes on 2 CPU cores; centred cosine 0.8 on trained captions, 0.3 on held-out ones.
+`lora`: after `openmoji`, whose VLM it keeps and adapts to captions with low-rank matrices in every layer.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: published weights in `checkpoints/` and your shards in `data/` (see README), on
 accelerators; compiled and counted, never trained yet. 64 queries as in the paper, whose score is flat by 50,000 steps;
 it gives no learning rates.
@@ -74,6 +75,26 @@ def _smoke() -> ConfigDict:
     return config
 
 
+def _lora() -> ConfigDict:
+    """The VLM frozen but for LoRA, on a mixture of mostly captions, of which the assistant's words count."""
+    config = _openmoji()
+    config.update(recipe="lora", total_steps=150)
+    config.model.vlm.lora = dict(rank=8, alpha=16.0, targets=("q", "k", "v", "out", "gate", "up", "down"))
+    config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-openmoji"))
+    config.data.sources = dict(
+        caption=dict(shards=openmoji.shards("caption"), weight=3.0),
+        text_to_image=dict(shards=openmoji.shards("text_to_image"), weight=1.0),
+    )
+    config.objectives.next_token = dict(weight=1.0, user_text=False)
+    config.tuning = (
+        dict(pattern="vlm/.*/lora_[ab]"),
+        dict(pattern="(vlm|vision_target)/.*", frozen=True),
+        dict(pattern=".*"),
+    )
+    config.checkpoint.every = 75
+    return config
+
+
 def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
     """Full tuning of a published VLM towards SigLIP so400m, with understanding data beside it (lambda_t)."""
     sources = dict(understanding=1.0, text_to_image=2.0, edit=1.0, interleaved=0.5)
@@ -134,6 +155,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
 RECIPES = {
     "openmoji": _openmoji,
     "smoke": _smoke,
+    "lora": _lora,
     "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),
     "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B),
 }

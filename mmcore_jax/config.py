@@ -84,8 +84,30 @@ class QwenVision(Tower):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation (arXiv:2106.09685): each of `targets` adds `alpha / rank` times a product of two matrices.
+
+    They are the parameters `lora_a` and `lora_b` beside a kernel; `config.tuning` says whether that trains too.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets:
+            raise UserError(
+                f"LoRA of rank {self.rank} on {len(self.targets)} targets changes nothing: give it a rank of at least "
+                "1 and a target, or set config.model.vlm.lora to None."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class QwenVL(Tower):
-    """Qwen2.5-VL. `mrope_section` counts rotary frequencies for (time, row, column) and sums to half a head."""
+    """Qwen2.5-VL. `mrope_section` counts rotary frequencies for (time, row, column) and sums to half a head.
+
+    `lora` is of the decoder's layers; published checkpoints have none.
+    """
 
     vocab_size: int
     kv_heads: int
@@ -94,6 +116,7 @@ class QwenVL(Tower):
     rms_norm_eps: float
     tie_embeddings: bool
     vision: QwenVision
+    lora: Lora | None = dataclasses.field(default=None, metadata={"of_weights": False})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,7 +543,8 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
         return None if value is None else _convert(_member(arguments, value, path, file), value, path, file)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{path} in {file} is {value!r}, expected one of {', '.join(map(repr, arguments))}.")
+            known = ", ".join(map(repr, arguments))
+            raise UserError(f"{path} in {file} is {value!r}, expected one of {known}{_nearest(str(value), arguments)}.")
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments

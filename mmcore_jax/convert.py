@@ -3,7 +3,8 @@
     python -m mmcore_jax.convert --from Qwen2.5-VL-3B-Instruct --to checkpoints/qwen
     python -m mmcore_jax.convert --from runs/stage1-openmoji --part vlm --to exported
 
-What is written on the way in is what `config.init` can name; on the way out, what `from_pretrained` opens.
+What is written on the way in is what `config.init` can name; on the way out, what `from_pretrained` opens: with LoRA
+merged, or, with `--adapter`, of LoRA alone and as PEFT has it.
 """
 
 import argparse
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mmcore_jax import pretrained
 from mmcore_jax.config import QwenVL, UserError, door
 from mmcore_jax.data.text import copy_tokenizer, token_ids
-from mmcore_jax.training.checkpoint import load_part, save_part
+from mmcore_jax.nn.layers import is_lora
+from mmcore_jax.training.checkpoint import load_lora, load_part, save_part
 
 
 @door
@@ -28,6 +31,9 @@ def main(argv: Sequence[str]) -> None:
     pretrained.check_new(target)
     if arguments.verify:
         check_originals()
+    if arguments.adapter:
+        export_adapter(source, arguments.part, target, arguments.dtype)
+        return
     if pretrained.is_published(source):
         loaded = pretrained.load(source, dtype=arguments.dtype, component=arguments.component)
         config, params, published = loaded.config, loaded.params, loaded.settings.file.parent
@@ -40,10 +46,18 @@ def main(argv: Sequence[str]) -> None:
         pretrained.export(params, config, published, arguments.dtype, settings=settings)
         if has_tokenizer:
             copy_tokenizer(tokenizer, published)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = sum(leaf.size for path, leaf in flatten_dict(params, sep="/").items() if not is_lora(path))
     print(f"{target}: {pretrained.family_of(config).name}, {count:,} parameters")
     if arguments.verify:
         verify(published)
+
+
+def export_adapter(source: pathlib.Path, part: str | None, target: pathlib.Path, dtype: str | None) -> None:
+    """Writes the LoRA of a part of a run, and prints what it belongs on."""
+    config, params, base = load_lora(source, part)
+    pretrained.export_adapter(params, config, target, base, dtype)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{target}: LoRA of {pretrained.family_of(config).name}, {count:,} parameters, for the weights of {base}")
 
 
 def verify(directory: pathlib.Path) -> None:
@@ -75,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", help="of a run: vlm, vision_target, dit")
     parser.add_argument("--component", help="of a pipeline: transformer, vae")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: what is stored")
-    parser.add_argument("--verify", action="store_true", help="compare outputs with the original implementation")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--adapter", action="store_true", help="of a run with LoRA: write that alone, for PEFT")
+    kinds.add_argument("--verify", action="store_true", help="compare outputs with the original implementation")
     return parser
 
 

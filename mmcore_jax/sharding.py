@@ -20,6 +20,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. Activations: batch, length and the features that tensor parallelism splits.
 # Parameters: "embed" is split for storage (fsdp) and gathered when used; the others are split for good (tensor).
+# "lora", the long side of a matrix that has only one, is split over both.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
@@ -30,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "lora": ("tensor", "fsdp"),
     "layers": (),
 }
 

@@ -311,7 +311,8 @@ class DecoderBlock(nn.Module):
         head_width = c.width // c.heads
 
         def dense(features: int, names: tuple, bias: bool, name: str) -> Dense:
-            return Dense(features, names, bias, dtype, _INIT, name=name)
+            lora = c.lora if c.lora and name in c.lora.targets else None
+            return Dense(features, names, bias, dtype, _INIT, lora, name=name)
 
         y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         q = split_heads(dense(c.width, ("embed", "heads"), True, "q")(y), c.heads)

@@ -1,12 +1,14 @@
 """Published checkpoints in and out: `load`, `export`, and one file a family."""
 
 from mmcore_jax.pretrained.files import check_new, new_directory
+from mmcore_jax.pretrained.lora import without_lora
 from mmcore_jax.pretrained.model import (
     PIPELINE,
     Pretrained,
     abstract_params,
     differences,
     export,
+    export_adapter,
     family_of,
     files_to_fetch,
     is_published,
@@ -22,6 +24,7 @@ __all__ = [
     "check_new",
     "differences",
     "export",
+    "export_adapter",
     "family_of",
     "files_to_fetch",
     "is_published",
@@ -29,4 +32,5 @@ __all__ = [
     "new_directory",
     "open_part",
     "read",
+    "without_lora",
 ]

@@ -45,6 +45,8 @@ class Family:
       beside: files that are published with the weights, and needed with them.
       encode: of an autoencoder, (model, params, images) to the mean and log-variance of latents.
       decode: of an autoencoder, (model, params, latents) to images.
+      lora_entries: the key table of the LoRA alone, as PEFT names it, of a family that can have one.
+      lora_modules: a regular expression that PEFT finds by what has LoRA.
     """
 
     name: str
@@ -65,3 +67,5 @@ class Family:
     beside: tuple[str, ...] = ()
     encode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode: Callable[..., jax.Array] | None = None
+    lora_entries: Callable[[Any], list[Entry]] | None = None
+    lora_modules: Callable[[Any], str] | None = None

@@ -9,6 +9,7 @@ A family is a file of this package and a line in `FAMILIES`.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from mmcore_jax import sharding
 from mmcore_jax.config import Execution, UserError
 from mmcore_jax.pretrained import autoencoder_kl, files, mmdit, qwen_vl, siglip, table
 from mmcore_jax.pretrained.family import Family
+from mmcore_jax.pretrained.lora import merge, write_config
 from mmcore_jax.progress import progress
 
 FAMILIES = (qwen_vl.FAMILY, siglip.FAMILY, mmdit.FAMILY, autoencoder_kl.FAMILY)
@@ -214,15 +216,17 @@ def abstract_params(
 
 
 def read(published: Published, config: Any, like: Any) -> Any:
-    """Reads the parameters that a network of `config` has, in the shapes, dtypes and shardings of `like`.
+    """Reads parameters that a network of `config` has, in the shapes, dtypes and shardings of `like`.
 
     Args:
       published: the checkpoint; tensors of a part that `config` sets to None stay unread.
       config: agrees with that of the checkpoint, see `differences`.
-      like: tree of `jax.ShapeDtypeStruct`.
+      like: tree of `jax.ShapeDtypeStruct`, of all parameters or of some.
     """
-    tensors = open_tensors(published, config)
-    return table.load(published.family.entries(config), tensors, like, tensors.where)
+    family, tensors = published.family, open_tensors(published, config)
+    entries, whole = family.entries(config), abstract_params(family, config)
+    table.check(entries, tensors, flatten_dict(whole, sep="/"), tensors.where)
+    return table.read(entries, tensors, like)
 
 
 def open_tensors(published: Published, config: Any) -> files.Tensors:
@@ -273,7 +277,7 @@ def export(
     shard_bytes: int = files.SHARD_BYTES,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint that the original's `from_pretrained` opens: all of it, or nothing.
+    """Writes a checkpoint that the original's `from_pretrained` opens: all of it, or nothing. LoRA is merged.
 
     Args:
       params: of the network, as `load` gives them.
@@ -286,18 +290,45 @@ def export(
     Raises:
       UserError: if the original has no such network, or the directory cannot be written.
     """
-    family = family_of(config)
+    family, (config, params) = family_of(config), merge(config, params)
     stored = np.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     settings = family.write_config(config, str(np.dtype(dtype or stored))) | dict(settings or {})
     directory = pathlib.Path(directory)
     back = family.read_config(_as_read(settings, directory / "config.json"))
     for path, ours, theirs in differences(config, back, family.part):
         raise UserError(f"{path} is {ours!r}, and {family.name} has {theirs!r} only: {directory} is not written.")
-    specs = list(_specs(family, config, params, dtype, stored))
+    entries, buffers = family.entries(config), family.buffers(config)
+    specs = [*_specs(entries, params, dtype)]
+    specs += [files.Spec(name, np.dtype(dtype or stored), value.shape) for name, value in buffers.items()]
+    arrays = itertools.chain(_arrays(entries, params), buffers.values())
     with files.new_directory(directory) as temporary:
         files.write_json(temporary / "config.json", settings)
-        arrays = progress(_arrays(family, config, params), len(specs), "writing tensors")
-        files.write_tensors(temporary, family.stem, specs, arrays, shard_bytes)
+        files.write_tensors(temporary, family.stem, specs, progress(arrays, len(specs), "writing tensors"), shard_bytes)
+
+
+def export_adapter(
+    params: Any, config: Any, directory: str | pathlib.Path, base: str | pathlib.Path, dtype: Any = None
+) -> None:
+    """Writes the LoRA of a network by itself, as PEFT's `from_pretrained` opens it: all of it, or nothing.
+
+    Args:
+      params: of the network.
+      config: our dataclass.
+      directory: to be made.
+      base: where the published form of the network without LoRA lies.
+      dtype: of the tensors; None keeps that of each parameter.
+
+    Raises:
+      UserError: if the network has no LoRA, or the directory cannot be written.
+    """
+    if getattr(config, "lora", None) is None:
+        raise UserError(f"{family_of(config).name} has no LoRA here: {directory} is not written.")
+    entries = family_of(config).lora_entries(config)
+    with files.new_directory(pathlib.Path(directory)) as temporary:
+        settings = write_config(config, family_of(config).lora_modules(config), str(base))
+        files.write_json(temporary / "adapter_config.json", settings)
+        specs, arrays = list(_specs(entries, params, dtype)), _arrays(entries, params)
+        files.write_tensors(temporary, "adapter_model", specs, arrays, files.SHARD_BYTES)
 
 
 def family_of(config: Any) -> Family:
@@ -314,17 +345,13 @@ def _as_read(settings: dict, file: pathlib.Path) -> files.Settings:
     )
 
 
-def _specs(family: Family, config: Any, params: Any, dtype: Any, stored: np.dtype) -> Iterator[files.Spec]:
+def _specs(entries: list[table.Entry], params: Any, dtype: Any) -> Iterator[files.Spec]:
     ours = flatten_dict(params, sep="/")
-    for entry in family.entries(config):
+    for entry in entries:
         shape = table.exported_shape(entry, ours)
         for name in entry.names:
             yield files.Spec(name, np.dtype(dtype or ours[entry.ours[0]].dtype), shape)
-    for name, value in family.buffers(config).items():
-        yield files.Spec(name, np.dtype(dtype or stored), value.shape)
 
 
-def _arrays(family: Family, config: Any, params: Any) -> Iterator[np.ndarray]:
-    for _, array in table.export(family.entries(config), params):
-        yield array
-    yield from family.buffers(config).values()
+def _arrays(entries: list[table.Entry], params: Any) -> Iterator[np.ndarray]:
+    return (array for _, array in table.export(entries, params))

@@ -27,6 +27,9 @@ _TOKENS = {
 }
 # Newer releases of transformers may write the decoder and the tower as siblings within the model.
 _PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+# The linear layers of the decoder, by our names.
+_LINEAR = {name: f"self_attn.{name}_proj" for name in "qkv"} | {"out": "self_attn.o_proj"}
+_LINEAR |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 _Base = Annotated[float, AtLeast(1)]
 
 # --- Config -----------------------------------------------------------------------------------------------------------
@@ -180,11 +183,8 @@ def _decoder(c: QwenVL) -> Iterator[Entry]:
     if not c.tie_embeddings:
         yield Entry("lm_head.weight", ("head",), TRANSPOSED)
     theirs, ours = "model.layers.{}", "decoder/blocks"
-    for name in "qkv":
-        yield from linear(f"{theirs}.self_attn.{name}_proj", f"{ours}/{name}", layers=c.depth)
-    yield from linear(f"{theirs}.self_attn.o_proj", f"{ours}/out", layers=c.depth, bias=False)
-    for name in ("gate", "up", "down"):
-        yield from linear(f"{theirs}.mlp.{name}_proj", f"{ours}/{name}", layers=c.depth, bias=False)
+    for name, layer in _LINEAR.items():
+        yield from linear(f"{theirs}.{layer}", f"{ours}/{name}", layers=c.depth, bias=name in "qkv")
     yield from rms_norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", c.depth)
     yield from rms_norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm", c.depth)
 
@@ -202,6 +202,22 @@ def _tower(c: QwenVL) -> Iterator[Entry]:
     yield from rms_norm("visual.merger.ln_q", "vision/merger/norm")
     yield from linear("visual.merger.mlp.0", "vision/merger/up")
     yield from linear("visual.merger.mlp.2", "vision/merger/down")
+
+
+def lora_entries(c: QwenVL) -> list[Entry]:
+    """The key table of an adapter, which PEFT names by the modules of transformers 5."""
+    names = [(f"base_model.model.model.language_model.layers.{{}}.{_LINEAR[name]}", name) for name in c.lora.targets]
+    return [
+        Entry(f"{theirs}.lora_{letter.upper()}.weight", (f"decoder/blocks/{name}/lora_{letter}",), TRANSPOSED, c.depth)
+        for theirs, name in names
+        for letter in "ab"
+    ]
+
+
+def lora_modules(c: QwenVL) -> str:
+    """The layers of the decoder only: those of the tower have the same last names."""
+    names = "|".join(_LINEAR[name].replace(".", r"\.") for name in c.lora.targets)
+    return rf".*language_model\.layers\.\d+\.({names})"
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -260,4 +276,6 @@ FAMILY = Family(
     comparisons=comparisons,
     rename=rename,
     beside=("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
+    lora_entries=lora_entries,
+    lora_modules=lora_modules,
 )

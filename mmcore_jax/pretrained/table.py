@@ -114,8 +114,6 @@ def load(
 ) -> Any:
     """Their tensors as a parameter tree of the structure, shapes, dtypes and shardings of `like`.
 
-    One parameter after another is put together on the host, by the slices that the devices of this process hold.
-
     Args:
       entries: the table.
       tensors: theirs by name; views of mapped files are read only where they are sliced.
@@ -125,9 +123,18 @@ def load(
     Raises:
       UserError: naming a tensor that is left over on either side, or whose shape is another.
     """
-    entries, expected = list(entries), flatten_dict(like, sep="/")
-    check(entries, tensors, expected, where)
-    leaves = [(entry, i) for entry in entries for i in range(len(entry.ours))]
+    entries = list(entries)
+    check(entries, tensors, flatten_dict(like, sep="/"), where)
+    return read(entries, tensors, like)
+
+
+def read(entries: Iterable[Entry], tensors: Mapping[str, np.ndarray], like: Any) -> Any:
+    """`load` of what has been checked; `like` may name some of the parameters only.
+
+    One parameter after another is put together on the host, by the slices that the devices of this process hold.
+    """
+    expected = flatten_dict(like, sep="/")
+    leaves = [(entry, i) for entry in entries for i, path in enumerate(entry.ours) if path in expected]
     tree = {}
     for entry, i in progress(leaves, len(leaves), "loading parameters"):
         path = entry.ours[i]

@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: written asynchronously, complete enough that a resumed run cannot be told from another.
 
 A checkpoint holds what trains, the optimizer's state, the EMA, the statistics of the data and a JSON record: step
-(which is the whole data position), config, and for each frozen part where it came from and its fingerprint. Frozen
-parameters themselves are not written.
+(which is the whole data position), config, and for each part with frozen parameters where they came from and their
+fingerprint. Frozen parameters themselves are not written.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmcore_jax import config as config_lib
 from mmcore_jax import pretrained, sharding
-from mmcore_jax.config import Config, Model, UserError
+from mmcore_jax.config import Config, Lora, Model, UserError
 from mmcore_jax.data import layout
+from mmcore_jax.data.image import PROCESSOR_FILE, check_processor
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
+from mmcore_jax.nn.layers import is_lora
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
@@ -114,7 +116,9 @@ def check_sources(config: Config) -> None:
 
 
 def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
-    """Parameters at the start of a run: each part that `paths` touch, from where `config.init` says.
+    """The parameters `paths` at the start of a run, from where `config.init` says.
+
+    LoRA on weights that have none there begins at random, with a product of zero.
 
     Raises:
       UserError: if `config.init` lacks a part, names one that the stage has not, or a source cannot serve it.
@@ -123,22 +127,39 @@ def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths:
     if set(parts) != set(config.init):
         difference = sorted(set(parts) ^ set(config.init))[0]
         raise UserError(f"config.init must name the parts {', '.join(parts)} and no others; see {difference!r}.")
-    touched = {path.split("/")[0] for path in paths}
-    fresh = {part for part in touched if config.init[part] == RANDOM}
-    params = random_params(config, model, plan, batch, fresh) if fresh else {}
-    for part in sorted(touched - fresh):
+    params: Flat = {}
+    for part in parts:
         source, like = config.init[part], plan.part(part, config.execution.frozen_dtype)
+        like = {path: leaf for path, leaf in like.items() if path in paths}
+        if source == RANDOM or not like:
+            continue
         if part == "vlm":
-            _check_tokenizer(config, pathlib.Path(source))
+            _check_inputs(config, pathlib.Path(source))
         params |= load_weights(source, part, config.model, like, f"{config.stage} (config.init.{part})")
-    return params
+    fresh = [path for path in paths if path not in params]
+    _check_trained(config, plan, fresh)
+    return params | (random_params(config, model, plan, batch, fresh) if fresh else {})
 
 
-def _check_tokenizer(config: Config, source: pathlib.Path) -> None:
-    """A run keeps its tokenizer in a directory, a published checkpoint among its files."""
+def _check_trained(config: Config, plan: Plan, fresh: list[str]) -> None:
+    for path in fresh:
+        if is_lora(path) and plan.tuning[path].frozen and config.init[path.split("/")[0]] != RANDOM:
+            raise UserError(
+                f"config.tuning freezes {path!r}, which config.init does not bring: put a line with the pattern "
+                "'vlm/.*/lora_[ab]' before those that freeze, or set config.model.vlm.lora to None."
+            )
+
+
+def _check_inputs(config: Config, source: pathlib.Path) -> None:
+    """A VLM reads the tokens and sees the images that it was trained with.
+
+    A run keeps what makes them in a directory, a published checkpoint among its files.
+    """
     for directory in (source / "tokenizer", source):
         if (directory / "tokenizer.json").is_file():
             check_same_tokenizer(config.data.tokenizer, directory)
+        if (directory / PROCESSOR_FILE).is_file():
+            check_processor(directory, config.model.vlm.vision)
 
 
 def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
@@ -159,15 +180,18 @@ def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
 
 
 def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
-    """Loads one part's weights, onto their shardings.
+    """Loads weights of one part, onto their shardings.
 
     Args:
-      source: the workdir of a finished run (its EMA where kept; where it had the part frozen itself, its origin is
-        followed), a part that `save_part` has written, or a published checkpoint.
+      source: the workdir of a finished run (its EMA where kept; what it had frozen itself comes from where it had it
+        from), a part that `save_part` has written, or a published checkpoint.
       part: of the model.
       model: must agree with what the source says of the part.
-      like: shapes, dtypes and shardings of the part's parameters by path.
+      like: shapes, dtypes and shardings of parameters of the part by path.
       wanted_by: for errors.
+
+    Returns:
+      all that `like` names, but for LoRA where the source has none.
 
     Raises:
       UserError: if there is nothing at `source` (naming the command that makes it, or the files to fetch), a run is
@@ -176,23 +200,59 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
     directory = pathlib.Path(source)
     _check_there(directory, part, wanted_by)
     if pretrained.is_published(directory):
-        return _load_published(directory, part, model, like, wanted_by)
+        return _load_published(directory, part, model, _without_lora(like), wanted_by)
     if (directory / PART_FILE).is_file():
         _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
-        return _restore_part(_reader(directory), 0, "params", like, wanted_by)
+        return _restore_part(_reader(directory), 0, "params", _without_lora(like), wanted_by)
+    run = _open_run(directory, part, wanted_by)
+    theirs = _lora_of(run.config.model, part)
+    if theirs is None:
+        like = _without_lora(like)
+    elif theirs != (ours := _lora_of(model, part)):
+        raise UserError(
+            f"{wanted_by} names {source}, which has LoRA: config.model.{part}.lora is {ours} and must be {theirs}."
+        )
+    here = {path: leaf for path, leaf in like.items() if path in run.held}
+    elsewhere = {path: leaf for path, leaf in like.items() if path not in here}
+    params = _restore_part(run.manager, run.step, run.item, here, wanted_by) if here else {}
+    if elsewhere:
+        origin = run.config.init.get(part, RANDOM)
+        if origin == RANDOM:
+            missing = f"parameter {min(elsewhere)!r}" if here else f"part {part!r}"
+            raise UserError(f"{source} has no {missing}, which {wanted_by} asks it for.")
+        params |= load_weights(origin, part, model, elsewhere, wanted_by)
+    return params
+
+
+class _Run(NamedTuple):
+    """The newest checkpoint of a finished run: `item`, averaged where it is kept so, holds the parameters `held`."""
+
+    config: Config
+    manager: ocp.CheckpointManager
+    step: int
+    item: str
+    held: set[str]
+
+
+def _open_run(directory: pathlib.Path, part: str, wanted_by: str) -> _Run:
+    _check_there(directory, part, wanted_by)
     config = config_lib.from_json(directory / "config.json")
     manager = _reader(directory)
     step = manager.latest_step() or 0
     if step < config.total_steps:
         raise UserError(
-            f"{source} has reached step {step} of {config.total_steps}: finish it with {_command_for(directory)}"
+            f"{directory} has reached step {step} of {config.total_steps}: finish it with {_command_for(directory)}"
         )
     item = "ema" if config.optimizer.ema_decay else "params"
-    if not any(path.split("/")[0] == part for path in manager.item_metadata(step)[item].tree):
-        if config.init.get(part, RANDOM) == RANDOM:
-            raise UserError(f"{source} has no part {part!r}, which {wanted_by} asks it for.")
-        return load_weights(config.init[part], part, model, like, wanted_by)
-    return _restore_part(manager, step, item, like, wanted_by)
+    return _Run(config, manager, step, item, set(manager.item_metadata(step)[item].tree))
+
+
+def _lora_of(model: Model, part: str) -> Lora | None:
+    return getattr(getattr(model, part, None), "lora", None)
+
+
+def _without_lora(like: Abstract) -> Abstract:
+    return {path: leaf for path, leaf in like.items() if not is_lora(path)}
 
 
 def _check_there(directory: pathlib.Path, part: str, wanted_by: str) -> None:
@@ -209,7 +269,8 @@ def _check_there(directory: pathlib.Path, part: str, wanted_by: str) -> None:
 def _load_published(directory: pathlib.Path, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
     published = pretrained.open_part(directory, part)
     _check_same_network(str(directory), part, model, published.config, wanted_by)
-    params = pretrained.read(published, getattr(model, part), unflatten_dict(like, sep="/")[part])
+    config = pretrained.without_lora(getattr(model, part))
+    params = pretrained.read(published, config, unflatten_dict(like, sep="/")[part])
     return flatten_dict({part: params}, sep="/")
 
 
@@ -264,6 +325,7 @@ def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
     Raises:
       UserError: if there is no such part.
     """
+    dtypes = None
     if (directory / PART_FILE).is_file():
         saved, config = _read_part(directory)
         if part not in (None, saved):
@@ -272,15 +334,57 @@ def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
         dtypes = {path.partition("/")[2]: leaf.dtype for path, leaf in stored.items()}
         part, model = saved, _model_of(saved, config)
     else:
-        run = config_lib.from_json(directory / "config.json")
-        model, dtypes = run.model, None
-        held = [field.name for field in dataclasses.fields(model) if getattr(model, field.name) is not None]
-        if part not in held:
-            raise UserError(f"{directory} has no part {part!r}: choose --part from {', '.join(held)}.")
+        model = _model_with(directory, part)
         config = getattr(model, part)
-    like = pretrained.abstract_params(pretrained.family_of(config), config, dtypes=dtypes)
-    flat = load_weights(str(directory), part, model, flatten_dict({part: like}, sep="/"), str(directory))
+    flat = load_weights(str(directory), part, model, _abstract(part, config, dtypes), str(directory))
     return config, unflatten_dict(flat, sep="/")[part]
+
+
+def load_lora(workdir: pathlib.Path, part: str | None) -> tuple[Any, Any, str]:
+    """Loads the LoRA of a part of a finished run, onto the first device.
+
+    Returns:
+      the part's settings, the parameter tree of the LoRA alone, and where the weights lie that it is put on.
+
+    Raises:
+      UserError: if there is none, or the run has trained other weights of the part with it.
+    """
+    model = None if pretrained.is_published(workdir) else _model_with(workdir, part)
+    if model is None or _lora_of(model, part) is None:
+        raise UserError(f"{workdir} has no LoRA: leave out --adapter, or name the workdir of a run that has.")
+    base, config = _lora_base(workdir, part), getattr(model, part)
+    like = {path: leaf for path, leaf in _abstract(part, config).items() if is_lora(path)}
+    flat = load_weights(str(workdir), part, model, like, str(workdir))
+    return config, unflatten_dict(flat, sep="/")[part], base
+
+
+def _lora_base(workdir: pathlib.Path, part: str) -> str:
+    """Follows LoRA to the weights that it is put on, which must have stayed as they were."""
+    run = _open_run(workdir, part, str(workdir))
+    if _lora_of(run.config.model, part) is None:
+        return str(workdir)
+    trained = [path for path in run.held if path.split("/")[0] == part and not is_lora(path)]
+    if trained:
+        raise UserError(
+            f"{workdir} has trained {min(trained)!r} beside its LoRA, which an adapter does not hold: leave out "
+            "--adapter, and LoRA is merged."
+        )
+    origin = pathlib.Path(run.config.init[part])
+    is_run = not pretrained.is_published(origin) and not (origin / PART_FILE).is_file()
+    return _lora_base(origin, part) if is_run else str(origin)
+
+
+def _model_with(workdir: pathlib.Path, part: str | None) -> Model:
+    model = config_lib.from_json(workdir / "config.json").model
+    held = [field.name for field in dataclasses.fields(model) if getattr(model, field.name) is not None]
+    if part not in held:
+        raise UserError(f"{workdir} has no part {part!r}: choose --part from {', '.join(held)}.")
+    return model
+
+
+def _abstract(part: str, config: Any, dtypes: dict[str, Any] | None = None) -> Abstract:
+    like = pretrained.abstract_params(pretrained.family_of(config), config, dtypes=dtypes)
+    return flatten_dict({part: like}, sep="/")
 
 
 def _read_part(directory: pathlib.Path) -> tuple[str, Any]:

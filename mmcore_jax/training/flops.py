@@ -27,6 +27,7 @@ import numpy as np
 from mmcore_jax.config import AutoencoderKL, Config, SiglipVision
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.nn import masks
+from mmcore_jax.nn.layers import is_lora
 from mmcore_jax.nn.masks import CLEAN, PAD, TEXT, VISUAL, Rule, TokenMeta
 from mmcore_jax.training.state import Plan
 
@@ -128,7 +129,7 @@ def attention_pairs(q: TokenMeta, k: TokenMeta, rule: Rule) -> int:
 def _is_kernel(config: Config, path: str) -> bool:
     """Whether a parameter is a factor of a matrix product: a tied embedding is, as the head."""
     tied = config.model.vlm is not None and config.model.vlm.tie_embeddings
-    return path.endswith("/kernel") or path == ("vlm/embedding" if tied else "vlm/head")
+    return path.endswith("/kernel") or is_lora(path) or path == ("vlm/embedding" if tied else "vlm/head")
 
 
 def _line(path: str) -> tuple[str, str]:

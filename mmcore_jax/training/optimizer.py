@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mmcore_jax.config import Config, Tuning, UserError
+from mmcore_jax.nn.layers import is_lora
 
 Flat = dict[str, jax.Array]
 
@@ -59,7 +60,7 @@ def make_optimizer(config: Config, assigned: dict[str, Tuning]) -> optax.Gradien
     label_of = {line: label for label, line in lines.items()}
 
     def decayed(params: Flat) -> dict[str, bool]:
-        return {path: path.endswith(("/kernel", "/embedding", "/head")) for path in params}
+        return {path: path.endswith(("/kernel", "/embedding", "/head")) or is_lora(path) for path in params}
 
     def adamw(line: Tuning) -> optax.GradientTransformation:
         decay = c.weight_decay if line.weight_decay is None else line.weight_decay

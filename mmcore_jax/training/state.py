@@ -76,15 +76,14 @@ def make_plan(config: Config, model: MMCORE, mesh: Mesh, batch: Any) -> Plan:
     return Plan(shapes, shardings, tuning, optimizer_lib.make_optimizer(config, tuning))
 
 
-def random_params(config: Config, model: MMCORE, plan: Plan, batch: Any, parts: set[str]) -> Flat:
-    """Random parameters of the named parts, created where they live: the same numbers on any mesh."""
-    wanted = [path for path in plan.shapes if path.split("/")[0] in parts]
+def random_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
+    """Random parameters, created where they live: the same numbers on any mesh, and whichever others are made."""
 
     def make(key: jax.Array) -> Flat:
         flat = flatten_dict(nn.unbox(model.init(key, batch)["params"]), sep="/")
-        return {path: flat[path] for path in wanted}
+        return {path: flat[path] for path in paths}
 
-    shardings = {path: plan.shardings[path] for path in wanted}
+    shardings = {path: plan.shardings[path] for path in paths}
     return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
 
 
