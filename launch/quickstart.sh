@@ -70,10 +70,6 @@ pathlib.Path(sys.argv[1]).write_bytes(load_drawings("data/openmoji")["2764"])
 END
 draw blue-heart "make the heart blue" --image "$pictures/red-heart.png"
 draw water-wave "a water wave"
-if [[ $recipe != smoke ]]; then
-  draw grapes "a drawing of grapes"
-  draw cat "a cat"
-fi
 
 headline 6/6 "evaluating"
 python -m mmcore_jax.evaluate "${evaluation[@]}"

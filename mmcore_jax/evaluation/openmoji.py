@@ -23,7 +23,7 @@ from mmcore_jax.evaluation.scores import Score, Scores
 from mmcore_jax.evaluation.sheet import Cell
 
 CANDIDATES = 100
-FLOW_EXAMPLES = 64
+FLOW_EXAMPLES = 32
 PATHWAYS = ("both", "text", "visual")
 # The pathways that each kind of edit is drawn by. Kinds that a run has not trained on are left out.
 EDITS = {"edit_tone": PATHWAYS, "edit_gender": ("both",), "edit_colour": ("both",), "compose": ("both",)}
