@@ -58,7 +58,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
         ],
-        "bench": [TORCH],
+        "bench": [TORCH, "diffusers>=0.36"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

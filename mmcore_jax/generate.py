@@ -110,18 +110,35 @@ def _denoise(
     clean = forward.model.latents(batch.images.pixels)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
+    tokens = integrate(
+        forward.model, conditions, branches, forward.model.latent_tokens(clean, noise, batch), batch, timesteps
+    )
+    size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
+    patches = tokens[jnp.arange(tokens.shape[0])[:, None], last]
+    return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))
+
+
+def integrate(
+    model: MMCORE,
+    conditions: Condition,
+    branches: guidance.Branches,
+    tokens: jax.Array,
+    batch: Interleaved,
+    timesteps: jax.Array,
+) -> jax.Array:
+    """Carries the noised ones of `tokens` `[B, T, P]` along the guided flow, over `timesteps`.
+
+    `conditions` has a leading axis of branches; `model` is bound to its parameters.
+    """
+    shape = batch.images.generated.shape
     is_noised = (batch.diffusion.latent_meta.kind == masks.NOISED)[..., None]
 
     def velocity(tokens: jax.Array, t: jax.Array) -> jax.Array:
         t = jnp.full(shape, t)
-        velocities = jax.vmap(lambda condition: forward.model.velocity(tokens, condition, t, batch))(conditions)
+        velocities = jax.vmap(lambda condition: model.velocity(tokens, condition, t, batch))(conditions)
         return is_noised * guidance.combine(velocities, branches.weight)
 
-    tokens = forward.model.latent_tokens(clean, noise, batch)
-    tokens = solver.euler(velocity, tokens, timesteps)
-    size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
-    patches = tokens[jnp.arange(tokens.shape[0])[:, None], last]
-    return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))
+    return solver.euler(velocity, tokens, timesteps)
 
 
 def _last_image(batch: Interleaved) -> np.ndarray:

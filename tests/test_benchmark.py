@@ -1,0 +1,165 @@
+"""The benchmark through its real door, on tiny networks: what it prints, writes, and refuses."""
+
+import json
+import sys
+
+import numpy as np
+import optax
+import pytest
+import torch
+
+from mmcore_jax import benchmark
+from mmcore_jax.benchmarks import networks, timing
+from mmcore_jax.benchmarks.networks import MMDiTSizes, VLMSizes
+from mmcore_jax.benchmarks.timing import COMPILED, EAGER, OURS, Contestant
+from mmcore_jax.config import UserError
+from mmcore_jax.diffusion import guidance
+
+TINY = {
+    "mmdit": MMDiTSizes(width=64, depth=2, side=4, context=5, context_width=16, pooled_width=8, batch=2),
+    "vlm": VLMSizes(
+        width=64, depth=1, kv_heads=1, mlp_width=32, vocabulary=50, tokens=24, side=4, vision_width=64, vision_depth=2
+    ),
+}
+
+
+@pytest.fixture
+def enter(monkeypatch, capsys):
+    """Runs the door on tiny networks and returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(networks, "SIZES", TINY)
+    monkeypatch.setenv("NPROC", "1")  # what the door sets ends with the test
+    threads = torch.get_num_threads()
+
+    def enter(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            benchmark.main()
+        return stopped.value.code, *capsys.readouterr()
+
+    yield enter
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("suite", "names"), [("step", ["mmdit", "vlm"]), ("sample", ["mmdit"])])
+def test_table_and_json(enter, tmp_path, suite: str, names: list[str]) -> None:
+    code, out, error = enter(suite, "--eager", "--repeats=2", "--threads=1", f"--json={tmp_path / 'out.json'}")
+    assert code == 0, error
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["environment"]["threads"] == "1"
+    assert [result["network"] for result in record["results"]] == names
+    header, environment, columns, *rows = out.splitlines()
+    assert header.startswith(f"{suite}, float32")
+    assert f"torch {torch.__version__.partition('+')[0]}" in environment
+    for name in (OURS, EAGER, COMPILED):
+        assert name in columns
+    for row, result in zip(rows, record["results"], strict=True):
+        assert set(result["seconds"]) == {OURS, EAGER}
+        assert all(len(seconds) == 2 for seconds in result["seconds"].values())
+        ours, eager = (np.median(result["seconds"][name]) for name in (OURS, EAGER))
+        assert result["ratio"] == pytest.approx(ours / eager)
+        assert 0 < result["difference"] < result["tolerance"] == 1e-4
+        for figure in (f"{ours:.3f} [", f"{eager:.3f} [", "not run", f"{ours / eager:.2f}"):
+            assert figure in row
+
+
+def another_optimizer(monkeypatch):
+    """The first losses agree: only those of later steps see gradients and updates."""
+    monkeypatch.setattr(optax, "adamw", lambda rate, *settings, **others: optax.sgd(10 * rate))
+
+
+def other_weights(monkeypatch):
+    real = networks.load_ours
+
+    def load(original):
+        with torch.no_grad():
+            ours = real(original)
+            next(original.parameters()).mul_(1.1)
+        return ours
+
+    monkeypatch.setattr(networks, "load_ours", load)
+
+
+def no_guidance(monkeypatch):
+    monkeypatch.setattr(guidance, "branches", lambda *scales: guidance.Branches(*np.array([[1, 0], [1, 0], [0, 1]])))
+
+
+@pytest.mark.parametrize(
+    ("suite", "broken"), [("step", another_optimizer), ("step", other_weights), ("sample", no_guidance)]
+)
+def test_no_ratio_where_the_work_is_not_the_same(enter, monkeypatch, tmp_path, suite: str, broken) -> None:
+    broken(monkeypatch)
+    arguments = (suite, "--model=mmdit", "--eager", "--repeats=2", f"--json={tmp_path / 'out.json'}")
+    code, out, error = enter(*arguments)
+    assert code == 2
+    assert "error: mmdit: ours and the published implementation differ" in error
+    assert out == ""
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["step", "--repeats=0"], ["--repeats", "at least 1"]),
+        (["sample", "--model=vlm"], ["sample measures mmdit, not vlm"]),
+        (["step", "--json=nowhere/out.json"], ["nowhere", "does not exist"]),
+    ],
+)
+def test_bad_requests(enter, arguments: list[str], words: list[str]) -> None:
+    code, _, error = enter(*arguments)
+    assert code == 2
+    for word in words:
+        assert word in error
+
+
+def test_without_pytorch_it_names_the_extra(enter, monkeypatch) -> None:
+    real = benchmark.importlib.util.find_spec
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
+    code, _, error = enter("step")
+    assert code == 2
+    assert error.startswith("error: ")
+    assert "need torch: pip install 'mmcore_jax[bench]'" in error
+
+
+# --- Timing -----------------------------------------------------------------------------------------------------------
+
+
+def contestants(log: list, slow: str = "", wrong: float = 0.0) -> list[Contestant]:
+    def runner(name):
+        def run():
+            log.append(name)
+            if name == slow:
+                raise RuntimeError("\nno C++ compiler was found\nand more")
+            return np.float32(1.0 + wrong * (name == OURS))
+
+        return run
+
+    return [Contestant(name, runner(name)) for name in (OURS, EAGER, COMPILED)]
+
+
+def test_contestants_run_by_turns() -> None:
+    log = []
+    found = timing.compare("x", {}, contestants(log), warmup=2, repeats=3, tolerance=0.1)
+    assert log == 5 * [OURS, EAGER, COMPILED]
+    assert {name: len(seconds) for name, seconds in found.seconds.items()} == dict.fromkeys(log, 3)
+
+
+def test_the_ratio_is_to_the_faster_one() -> None:
+    seconds = {OURS: [3.0, 2.0, 9.0], EAGER: [6.0, 6.0, 1.0], COMPILED: [4.0, 4.0, 4.0]}
+    assert timing.Comparison("x", {}, seconds, {}, 0.0, 0.1).ratio == 0.75
+
+
+def test_without_a_compiler_the_column_says_why() -> None:
+    found = timing.compare("x", {}, contestants([], COMPILED), warmup=1, repeats=1, tolerance=0.1)
+    assert found.unavailable == {COMPILED: "no C++ compiler was found"}
+    assert "not available: no C++ compiler was found" in benchmark.table("step", {}, [found])
+
+
+@pytest.mark.parametrize("wrong", [0.2, np.nan])
+def test_a_difference_is_refused(wrong: float) -> None:
+    with pytest.raises(UserError, match="cannot be compared"):
+        timing.compare("x", {}, contestants([], wrong=wrong), warmup=1, repeats=1, tolerance=0.1)
+
+
+def test_a_failure_of_ours_or_of_eager_is_no_missing_compiler() -> None:
+    with pytest.raises(RuntimeError):
+        timing.compare("x", {}, contestants([], EAGER), warmup=1, repeats=1, tolerance=0.1)
