@@ -22,19 +22,18 @@ def attention(
     values that carries no meaning; callers ignore such positions.
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
     return jnp.swapaxes(_IMPLEMENTATIONS[implementation](q, k, v, q_meta, k_meta, rule), 1, 2)
 
 
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
-    scores = jnp.einsum("bhlc,bhsc->bhls", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    rows, heads, length, channels = q.shape
+    grouped = (q * channels**-0.5).reshape(rows, k.shape[1], heads // k.shape[1], length, channels)
+    scores = jnp.einsum("bkglc,bksc->bkgls", grouped, k, preferred_element_type=jnp.float32)
     visible = rule(
         TokenMeta(*(field[:, :, None] for field in q_meta)), TokenMeta(*(field[:, None, :] for field in k_meta))
     )
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, _MASKED), axis=-1)
-    return jnp.einsum("bhls,bhsc->bhlc", weights.astype(v.dtype), v)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
+    return jnp.einsum("bkgls,bksc->bkglc", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
