@@ -209,7 +209,7 @@ def test_meshes_give_the_same_tokens():
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_decode"],
         cwd=tiny.REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"},
         capture_output=True,
         text=True,
     )

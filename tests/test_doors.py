@@ -126,8 +126,9 @@ def test_missing_checkpoint_says_what_to_fetch(enter, data, tmp_path, stage, par
 
 @pytest.mark.parametrize("source", ["runs/mine", "stage1-openmoji"])
 def test_missing_run_says_its_command(enter, data, tmp_path, source) -> None:
-    arguments = [*tiny.overrides("stage2", data), f"--config.init.vlm={tmp_path / source}"]
-    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    init = dict.fromkeys(tiny.config("stage2", data).init, "random") | {"vlm": str(tmp_path / source)}
+    arguments = [*tiny.overrides("stage2", data), f"--config.init={init}", f"--workdir={tmp_path / 'run'}"]
+    result = enter(train.main, "--config=configs/stage2.py", *arguments)
     check(result, "config.init.vlm", "python -m mmcore_jax.train --config=configs/", f"--workdir={tmp_path / source}")
     assert "safetensors" not in result[1]
 
@@ -135,7 +136,7 @@ def test_missing_run_says_its_command(enter, data, tmp_path, source) -> None:
 def test_workdir_of_another_run(data, tmp_path, enter) -> None:
     """Through a process of its own, as a user meets it; the run that lives there goes on unharmed."""
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data)]
-    first = [sys.executable, "-m", "mmcore_jax.train", STAGE0, *arguments]
+    first = tiny.command("train", STAGE0, *arguments)
     assert subprocess.run(first, cwd=tiny.REPOSITORY, capture_output=True).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change in ("--config.seed=7", "--config.model.vision_target.vision.width=64"):

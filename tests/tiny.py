@@ -1,7 +1,13 @@
 """A tiny dataset and tiny versions of the shipped stages, for tests that run whole training steps."""
 
 import io
+import json
+import os
 import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -109,3 +115,31 @@ def config(stage: str, data: pathlib.Path, *extra: str, random: bool = True) -> 
     if random:
         given += [f"--config.init.{part}=random" for part in config_lib.load(file).init]
     return config_lib.load(file, given)
+
+
+# PyTorch takes seconds to import, and whoever finds it installed imports it; users of ours need not have it.
+_WITHOUT_TORCH = "import json, sys; sys.modules['torch'] = None; "
+
+
+def command(door: str, *arguments: object) -> list[str]:
+    """The command line of a door in a process of its own."""
+    run = f"{_WITHOUT_TORCH}from mmcore_jax import {door}; {door}.main()"
+    return [sys.executable, "-c", run, *map(str, arguments)]
+
+
+def call(function: Callable[..., Any], *arguments: object, devices: int) -> Any:
+    """What a function of a module of tests returns in a process of its own, which emulates that many devices.
+
+    Arguments and result go through JSON; the module must not need PyTorch.
+    """
+    run = f"from {function.__module__} import {function.__name__} as f; print(json.dumps(f(*{list(arguments)!r})))"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    process = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH + run],
+        cwd=REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])

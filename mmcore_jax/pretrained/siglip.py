@@ -69,8 +69,8 @@ def read_config(settings: Settings) -> Siglip:
 
 
 def _read_text(text: _Text, vision: _Vision) -> SiglipText:
-    key = "hidden_size" if text.projection_size is None else "projection_size"
-    text.require(key, getattr(text, key) == vision.hidden_size, f"the hidden_size {vision.hidden_size} of images")
+    projected = text.projection_size or text.hidden_size
+    text.require("projection_size", projected == vision.hidden_size, f"the hidden_size {vision.hidden_size} of images")
     text.require("layer_norm_eps", text.layer_norm_eps == vision.layer_norm_eps, f"{vision.layer_norm_eps} of images")
     return SiglipText(**_sizes(text), vocab_size=text.vocab_size, max_length=text.max_position_embeddings)
 

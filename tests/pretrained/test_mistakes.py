@@ -153,7 +153,7 @@ def test_missing_key(tmp_path):
 
 # --- Wrong values in config.json: a directory without weights, which are missed only where the config is accepted -----
 
-WRONG = ("nonsense", None, -1, 2.5, True, [], [7, "7"], {"a": 1})
+WRONG = ("nonsense", None, -1, 2.5, True, [], [7, "7"], [{}])
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def converted(monkeypatch, capsys, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             convert.main()
         assert stopped.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         return line
 
     return converted
@@ -208,7 +208,7 @@ def test_wrong_values(converted, written, name, tmp_path):
         for value in WRONG:
             line = converted(settings, path, value)
             if f"{tmp_path} has no weights" not in line:
-                assert path in line, (value, line)
+                assert path.split(".")[-1] in line, (value, line)
                 assert str(tmp_path / "config.json") in line, (path, value, line)
                 refused.add(path)
             elif value == "nonsense":

@@ -1,12 +1,7 @@
 """Where parameters go: on eight emulated devices, in a process of their own; and how much memory that takes."""
 
-import json
-import os
-import subprocess
-import sys
-
 from tests import tiny
-from tests.pretrained.originals import ORIGINALS
+from tests.pretrained import memory
 
 MESHES = {"fsdp": (1, 8, 1, 1), "mixed": (1, 2, 2, 2), "data": (8, 1, 1, 1)}
 
@@ -30,31 +25,18 @@ def compare_placements(directory: str) -> dict[str, int]:
     return sharded
 
 
-def in_a_process(call: str, devices: int) -> dict:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    module = call.partition("(")[0].rpartition(".")[0]
-    process = subprocess.run(
-        [sys.executable, "-c", f"import json, {module}; print(json.dumps({call}))"],
-        cwd=tiny.REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 def test_every_mesh_gets_the_same_parameters(tmp_path):
+    from tests.pretrained.originals import ORIGINALS
+
     for name in ("qwen_vl", "sd3.5 dual"):
         ORIGINALS[name]().save_pretrained(tmp_path / name, max_shard_size="40KB")
-        call = f"tests.pretrained.test_placement.compare_placements({str(tmp_path / name)!r})"
-        sharded = in_a_process(call, 8)
+        sharded = tiny.call(compare_placements, str(tmp_path / name), devices=8)
         assert sharded.pop("data") == 0
         assert min(sharded.values()) > 5, sharded
 
 
 def test_no_second_copy_in_memory(record_property):
-    found = in_a_process("tests.pretrained.memory.measure(0.3)", 1)
+    found = tiny.call(memory.measure, 0.3, devices=1)
     record_property("bytes", found)
     assert found["checkpoint"] > 250e6
     assert found["checkpoint"] <= 1.2 * found["peak"], "the measurement sees the parameters themselves"

@@ -1,10 +1,6 @@
 """Meshes over eight emulated devices, in a process of their own: every mesh gives the same loss curve."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -65,18 +61,7 @@ def _copies(leaf) -> int:
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_every_mesh_gives_the_same_curve(stage: str, tmp_path) -> None:
     tiny.write_dataset(tmp_path)
-    call = f"curves({stage!r}, {str(tmp_path)!r})"
-    code = f"import json; from tests.training.test_mesh import curves; print(json.dumps({call}))"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tiny.REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout.splitlines()[-1])
+    found = tiny.call(curves, stage, str(tmp_path), devices=8)
     for name in MESHES:
         np.testing.assert_allclose(found[name], found["one"], rtol=1e-3, err_msg=name)
     assert np.ptp(found["one"]) > 1e-2

@@ -5,7 +5,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
 
-STEPS = 120
+STEPS = 60
 KILLS = 5
 
 
@@ -25,8 +24,8 @@ def data(tmp_path_factory) -> pathlib.Path:
 def start(stage: str, data: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     parts = tiny.config(stage, data).init
     given = [*tiny.overrides(stage, data), *(f"--config.init.{part}=random" for part in parts)]
-    given += [f"--config.total_steps={STEPS}", "--config.checkpoint.every=10"]
-    command = [sys.executable, "-m", "mmcore_jax.train", f"--config=configs/{stage}.py", f"--workdir={workdir}", *given]
+    given += [f"--config.total_steps={STEPS}", "--config.checkpoint.every=5"]
+    command = tiny.command("train", f"--config=configs/{stage}.py", f"--workdir={workdir}", *given)
     return subprocess.Popen(command, cwd=tiny.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
