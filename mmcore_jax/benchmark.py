@@ -3,8 +3,8 @@
     python -m mmcore_jax.benchmark step      # one training step: small MMDiT (SD3) and small VLM (Qwen2.5-VL)
     python -m mmcore_jax.benchmark sample    # the denoising loop with guidance
 
-Both sides have the same weights, batch, dtype (float32) and number of threads; where what they compute does not agree,
-no time is printed.
+Both sides run on the CPU with the same weights, batch, dtype (float32) and number of threads; where what they compute
+does not agree, no time is printed.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import pathlib
 import platform
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from mmcore_jax.config import UserError, door
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the command line, measures, prints a table, writes JSON if asked to."""
     arguments = _parser().parse_args(argv)
     check(arguments)
-    set_threads(arguments.threads)
+    settle(arguments.threads)
     environment = describe(arguments.threads)
     comparisons = run(arguments)
     print(table(arguments.suite, environment, comparisons))
@@ -63,10 +64,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--json {arguments.json}: the directory {arguments.json.parent} does not exist.")
 
 
-def set_threads(threads: int) -> None:
-    """Gives XLA, which reads NPROC when it starts, and PyTorch as many threads."""
+def settle(threads: int) -> None:
+    """Puts both on the CPU with as many threads; XLA reads NPROC when it starts."""
     import torch
 
+    jax.config.update("jax_platforms", "cpu")
     os.environ["NPROC"] = str(threads)
     torch.set_num_threads(threads)
 
