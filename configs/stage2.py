@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage2.py
 
 The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
-`openmoji`: after stage 1; 6 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
+`openmoji`: after stage 1; 8 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
 pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
 timesteps and guidance are Stable Diffusion 3's, the first rates are ours.

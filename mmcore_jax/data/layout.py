@@ -116,7 +116,7 @@ def geometry(model: Model, data: Data) -> Geometry:
         transformer does not fit the autoencoder.
     """
     vision = model.vlm.vision
-    _check_vision(model.vlm.vision, data)
+    _check_vision(vision, data)
     target = model.vision_target.vision if model.vision_target else None
     if target and target.image_size // target.patch_size < model.queries.grid:
         raise UserError(
