@@ -300,3 +300,9 @@ def test_sizes_that_do_not_divide_are_refused(change, words):
     config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py"), [change])
     with pytest.raises(UserError, match=words):
         layout.geometry(config.model, config.data)
+
+
+def test_queries_finer_than_the_vision_target_are_refused():
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage1.py"), ["--config.model.queries.grid=9"])
+    with pytest.raises(UserError, match="grid 9 is finer than the vision target's patches, 8 a side"):
+        layout.geometry(config.model, config.data)
