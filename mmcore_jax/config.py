@@ -543,8 +543,8 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
         return None if value is None else _convert(_member(arguments, value, path, file), value, path, file)
     if origin is Literal:
         if value not in arguments:
-            known = ", ".join(map(repr, arguments))
-            raise UserError(f"{path} in {file} is {value!r}, expected one of {known}{_nearest(str(value), arguments)}.")
+            known, nearest = ", ".join(map(repr, arguments)), _nearest(str(value), map(str, arguments))
+            raise UserError(f"{path} in {file} is {value!r}, expected one of {known}{nearest}.")
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments

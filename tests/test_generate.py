@@ -18,7 +18,7 @@ def generate(tmp_path_factory):
     config = tiny.config("stage2", tiny.write_dataset(tmp_path_factory.mktemp("data")), "--config.sampling.steps=2")
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), layout.placeholder(config)))["params"]
-    params = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
     generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
     return lambda *requests: generator(params, requests, config.sampling).astype(int)
 
@@ -30,7 +30,7 @@ def test_text_alone(generate):
     alone = generate(first, second)
     assert alone.shape == (2, 16, 16, 3)
     assert alone.std() > 1
-    assert np.abs(alone - generate(second, first)).max() > 1, "the text does not matter"
+    assert np.abs(alone - generate(second, first)).max() > 10, "the text does not matter"
     mixed = generate(first, second, edit)
     assert np.abs(alone - mixed[:2]).max() <= 1
-    assert np.abs(mixed[0] - mixed[1]).max() > 1
+    assert np.abs(mixed[0] - mixed[1]).max() > 10
