@@ -10,6 +10,7 @@ VLM_PIXELS = (IMAGE_SIZE**2, IMAGE_SIZE**2)
 VOCABULARY = 4096  # room for the 3,335 tokens of the captions
 DATA = "data/openmoji"
 TOKENIZER = f"{DATA}/tokenizer"
+INDEX = f"{DATA}/index"
 
 
 def shards(task: str, split: str = "train") -> str:

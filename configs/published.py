@@ -6,7 +6,7 @@ SigLIP config.json and *.safetensors; of Stable Diffusion 3.5 the folders `trans
 
 from ml_collections import ConfigDict
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, INDEX = "checkpoints", "data/index"
 QWEN_3B, QWEN_7B = f"{CHECKPOINTS}/Qwen2.5-VL-3B-Instruct", f"{CHECKPOINTS}/Qwen2.5-VL-7B-Instruct"
 SIGLIP = f"{CHECKPOINTS}/siglip-so400m-patch14-384"
 SD35_MEDIUM, SD35_LARGE = f"{CHECKPOINTS}/stable-diffusion-3.5-medium", f"{CHECKPOINTS}/stable-diffusion-3.5-large"

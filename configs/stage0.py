@@ -39,6 +39,8 @@ def _openmoji() -> ConfigDict:
                 vlm_pixels=None,
                 budgets=dict(vlm_tokens=0, vision_patches=0, context_tokens=0, latent_tokens=0, images=1),
                 window=1024,
+                index=openmoji.INDEX,
+                workers=0,
                 threads=2,
                 bad_record_limit=0.01,
             ),

@@ -20,13 +20,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image_core=16.0, edit_tone=3.0, edit_gender=1.0, edit_colour=5.0)
+    sources = dict(text_to_image_core=16.0, edit_tone=3.0, edit_gender=0.5, edit_colour=4.5)
     return ConfigDict(
         dict(
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=2000,
+            total_steps=2050,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -66,6 +66,8 @@ def _openmoji() -> ConfigDict:
                 vlm_pixels=openmoji.VLM_PIXELS,
                 budgets=dict(vlm_tokens=80, vision_patches=64, context_tokens=36, latent_tokens=192, images=3),
                 window=1024,
+                index=openmoji.INDEX,
+                workers=0,
                 threads=2,
                 bad_record_limit=0.01,
             ),
@@ -86,9 +88,9 @@ def _openmoji() -> ConfigDict:
             ),
             tuning=(dict(pattern="(vlm|queries|connector)/.*", frozen=True), dict(pattern=".*")),
             optimizer=openmoji.optimizer(warmup_steps=60, decay="linear", flat=0.6, ema_decay=0.996),
-            sampling=dict(steps=8, text_scale=2.0, visual_scale=2.0, timestep_shift=3.0, timestep_spacing="trailing"),
+            sampling=dict(steps=5, text_scale=2.0, visual_scale=2.0, timestep_shift=3.0, timestep_spacing="trailing"),
             checkpoint=dict(every=500, keep=2, keep_period=0),
-            telemetry=dict(log_every=10, sample_every=2000),
+            telemetry=dict(log_every=10, sample_every=2050),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
         )
@@ -144,7 +146,9 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                     images=3,
                 ),
                 window=4096,
-                threads=16,
+                index=published.INDEX,
+                workers=16,
+                threads=2,
                 bad_record_limit=0.01,
             ),
             objectives=dict(

@@ -309,10 +309,17 @@ class Objectives:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Shards by glob, and their share of the examples."""
+    """Shards by glob, and their share of the examples.
+
+    `schedule`: (step, weight) where the weight changes. `required`: every batch is to hold an example of it.
+    `too_long`: what happens to an example that no row has room for; its texts can be cut, or its images seen smaller.
+    """
 
     shards: str
     weight: float
+    schedule: tuple[tuple[int, float], ...] = ()
+    required: bool = False
+    too_long: Literal["drop", "truncate", "downscale"] = "drop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +339,9 @@ class Data:
 
     `image_size` is the side of the squares that the diffusion transformer draws, `vlm_pixels` bounds the area of the
     images that the VLM sees; None where a stage has no such part. The vision target sees images of its own size.
+
+    What the sources hold is kept in `index`. Batches are prepared ahead by `workers` processes of `threads` threads
+    each, or, where that is 0, in this process.
     """
 
     layout: Literal["pairs", "interleaved"]
@@ -341,6 +351,8 @@ class Data:
     vlm_pixels: tuple[int, int] | None
     budgets: Budgets
     window: int
+    index: str
+    workers: int
     threads: int
     bad_record_limit: float
 

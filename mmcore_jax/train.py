@@ -22,7 +22,8 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.data import image
-from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.pipeline import Batch, Batches, Ledger
+from mmcore_jax.data.plan import Position
 from mmcore_jax.data.text import keep_tokenizer
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
@@ -66,9 +67,12 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     jax.set_mesh(mesh)
 
     # --- Data ---------------------------------------------------------------------------------------------------------
-    batches = Batches(config, jax.process_index(), jax.process_count())
+    first, seen = checkpoints.latest_step or 0, checkpoints.data()
+    start = Position.from_json(seen["position"]) if seen else None
+    batches = Batches(config, jax.process_index(), jax.process_count(), start)
+    ledger = Ledger(config, jax.process_count(), seen.get("ledger"))
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
-    example = batches[0].arrays
+    example = batches[first].arrays
 
     # --- Model and state: own checkpoint, else what config.init names -------------------------------------------------
     model = MMCORE(config.model, config.execution)
@@ -86,7 +90,6 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     # --- The loop -----------------------------------------------------------------------------------------------------
     step_function = jax.jit(make_step(config, model, plan), donate_argnums=0)
-    first = int(state.step)
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
     clock = Clock(first, step_flops(config, plan, example)["total"])
     pending: collections.deque[Pending] = collections.deque()
@@ -98,21 +101,23 @@ def train(config: Config, workdir: pathlib.Path) -> int:
             done = pending.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
             check_finite(workdir, done, metrics)
+            ledger.add(done.batch)
             clock.examples += done.examples
             telemetry.advance()
             if done.step % config.telemetry.log_every == 0 or done.step == config.total_steps:
-                telemetry.log(done.step, metrics, **clock.rates(done.step))
+                telemetry.log(done.step, metrics | ledger.metrics(), **clock.rates(done.step))
 
     with jax.transfer_guard("disallow"):
         for step, batch in enumerate(batches.iterate(first), start=first + 1):
             arrays = sharding.shard_batch(batch.arrays, mesh)
             state, metrics = step_function(state, constants, arrays)
-            pending.append(Pending(step, metrics, batch.ids))
+            pending.append(Pending(step, metrics, batch._replace(arrays=None)))
             settle(LAG)
             saving = step % config.checkpoint.every == 0 or step == config.total_steps or stop.requested
             if saving:
                 settle(0)
-                checkpoints.save(state, constants, step)
+                seen = {"position": batch.position._asdict(), "ledger": ledger.record()}
+                checkpoints.save(state, constants, step, seen)
             if stop.requested:
                 break
             if pictures and (step % config.telemetry.sample_every == 0 or step == config.total_steps):
@@ -120,6 +125,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     checkpoints.wait()
     telemetry.close()
+    print(*ledger.lines(), sep="\n", end="")
     ending = "done" if step == config.total_steps else "stopped by SIGTERM and saved"
     print(f"{workdir} is {ending}: step {step} of {config.total_steps}.")
     return 0
@@ -130,11 +136,11 @@ class Pending(NamedTuple):
 
     step: int
     metrics: Metrics
-    ids: list[list[str]]
+    batch: Batch
 
     @property
     def examples(self) -> int:
-        return jax.process_count() * sum(map(len, self.ids))
+        return int(self.batch.drawn.sum())
 
 
 class Pictures:
@@ -194,7 +200,9 @@ class StopSignal:
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the workdir and writes its config, unless another recipe lives there. `data.threads` may change.
+    """Makes the workdir and writes its config, unless another recipe lives there.
+
+    Where the index of the data lies and how batches are prepared ahead may change.
 
     Raises:
       UserError: if the directory cannot be written, or holds a run that this config cannot continue.
@@ -202,7 +210,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     if path.exists():
         there = config_lib.from_json(path)
-        there = dataclasses.replace(there, data=dataclasses.replace(there.data, threads=config.data.threads))
+        free = {name: getattr(config.data, name) for name in ("index", "workers", "threads")}
+        there = dataclasses.replace(there, data=dataclasses.replace(there.data, **free))
         for name in ("stage", "recipe", "seed", "batch_size", "model", "tuning", "data"):
             if getattr(there, name) != getattr(config, name):
                 raise UserError(
@@ -225,7 +234,9 @@ def check_finite(workdir: pathlib.Path, done: Pending, metrics: dict[str, float]
         return
     path = workdir / f"nonfinite_step_{done.step}.json"
     path.write_text(
-        json.dumps({"step": done.step, "metrics": {k: repr(v) for k, v in metrics.items()}, "ids": done.ids}, indent=1)
+        json.dumps(
+            {"step": done.step, "metrics": {k: repr(v) for k, v in metrics.items()}, "ids": done.batch.ids}, indent=1
+        )
     )
     raise UserError(
         f"{broken[0]} is {metrics[broken[0]]} at step {done.step}: the run stops, its last checkpoint is intact, "

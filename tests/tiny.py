@@ -77,6 +77,7 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
     """Command-line overrides that shrink the shipped recipe of a stage and point it at `data`."""
     settings = {
         "data.tokenizer": data / "tokenizer",
+        "data.index": data / "index",
         "data.window": 64,
         "execution.scan_layers": True,
     }

@@ -281,11 +281,14 @@ class ChatFormat:
         return before
 
 
-def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bool = False) -> Item:
+def make_item(
+    example: Example, chat: ChatFormat, sizes: Geometry, user_text: bool = False, text_limit: int | None = None
+) -> Item:
     """Turns an example into tokens, reading no more of its images than their sizes.
 
     A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
     next. The VLM sees images in their own shape, but in an example that generates one, all are cropped to squares.
+    Of each text the first `text_limit` tokens are taken; one that is cut has no learned end.
 
     Raises:
       BadExample: if an image cannot be read, or is too long for its width.
@@ -302,8 +305,10 @@ def make_item(example: Example, chat: ChatFormat, sizes: Geometry, user_text: bo
             speaker = now
         if segment["type"] == "text":
             learned = user_text or now == "assistant"
-            pending += _add_text(item, chat.encode(segment["text"]), learned)
-            if learned and (number == last or speakers[number + 1] != "assistant"):
+            ids = chat.encode(segment["text"])
+            pending += _add_text(item, ids[:text_limit], learned)
+            whole = text_limit is None or len(ids) <= text_limit
+            if learned and whole and (number == last or speakers[number + 1] != "assistant"):
                 _add_text(item, [chat.turn_end], True)
             continue
         frame = Frame(segment["image"], segment["generate"], square)
@@ -390,29 +395,39 @@ def exceeded(taken: Lengths, budgets: Budgets) -> str | None:
     """Says which budget an item alone exceeds, if any."""
     for name, count in taken._asdict().items():
         if count > getattr(budgets, name):
-            return f"{count} {name.replace('_', ' ')} exceed config.data.budgets.{name} {getattr(budgets, name)}"
+            return f"more {name.replace('_', ' ')} than config.data.budgets.{name} {getattr(budgets, name)}"
     return None
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-def plan(taken: list[Lengths], budgets: Budgets, rng: np.random.Generator) -> list[list[int]]:
-    """Packs items into rows: largest first, each into the fullest row that still has room. Returns shuffled rows."""
-    limits = np.array(dataclasses.astuple(budgets))
-    sizes = np.array(taken).reshape(-1, len(limits))
-    load = (sizes / np.maximum(limits, 1)).max(axis=1)
-    rows: list[list[int]] = []
-    used = np.zeros((0, len(limits)), np.int64)
-    for number in np.argsort(-load, kind="stable"):
-        fits = np.flatnonzero((used + sizes[number] <= limits).all(axis=1))
-        if fits.size:
-            best = fits[np.argmax((used[fits] / np.maximum(limits, 1)).max(axis=1))]
-            rows[best].append(int(number))
-            used[best] += sizes[number]
-        else:
-            rows.append([int(number)])
-            used = np.concatenate([used, sizes[number][None]])
+def plan(taken: np.ndarray, budgets: Budgets, rng: np.random.Generator) -> list[list[int]]:
+    """Packs items of lengths `taken` `[n, 5]` into rows, and returns the rows shuffled.
+
+    A row begins with the largest item left, and is filled with the items that most resemble what it still has room for:
+    the dot-product heuristic of vector bin packing (Panigrahy et al. 2011), each budget weighted by the demand for it.
+    """
+    limits = np.maximum(np.array(dataclasses.astuple(budgets)), 1)
+    sizes = np.asarray(taken).reshape(-1, len(limits)) / limits
+    order = np.argsort(-sizes.max(axis=1), kind="stable")
+    sizes, demand = sizes[order], sizes.sum(axis=0)
+    left = np.ones(len(sizes), bool)
+    rows = []
+    for largest in range(len(sizes)):
+        if not left[largest]:
+            continue
+        row, room, candidates = [largest], 1 - sizes[largest], largest + 1 + np.flatnonzero(left[largest + 1 :])
+        while True:
+            candidates = candidates[(sizes[candidates] <= room + 1e-9).all(axis=1)]
+            if not candidates.size:
+                break
+            best = int(np.argmax(sizes[candidates] @ (demand * room)))
+            row.append(int(candidates[best]))
+            room = room - sizes[candidates[best]]
+            candidates = np.delete(candidates, best)
+        left[row] = False
+        rows.append([int(order[i]) for i in row])
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
@@ -549,8 +564,7 @@ def placeholder(config: Config) -> Interleaved | Pairs:
     if config.data.layout == "interleaved":
         return empty(1, config.data.budgets, geometry(config.model, config.data))
     target = config.model.vision_target
-    blank = np.zeros((target.vision.image_size, target.vision.image_size, 3), np.uint8)
-    return assemble_pairs([(blank, [0])], 0, target.text.max_length)
+    return assemble_pairs([None], 0, target.vision.image_size, target.text.max_length)
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------
@@ -569,12 +583,16 @@ def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list
     return images[0], tokenizer.encode(texts[0], add_special_tokens=False)[:max_length]
 
 
-def assemble_pairs(pairs: list[tuple[np.ndarray, list[int]]], first: int, max_length: int) -> Pairs:
-    """Writes (decoded image, token ids) into arrays."""
-    ids = np.zeros((len(pairs), max_length), np.int32)
-    valid = np.zeros((len(pairs), max_length), bool)
-    for b, (_, tokens) in enumerate(pairs):
-        ids[b, : len(tokens)] = tokens
-        valid[b, : len(tokens)] = True
-    row = np.arange(first, first + len(pairs), dtype=np.int32)
-    return Pairs(row, np.stack([pixels for pixels, _ in pairs]), ids, valid)
+def assemble_pairs(
+    pairs: list[tuple[np.ndarray, list[int]] | None], first: int, image_size: int, max_length: int
+) -> Pairs:
+    """Writes (decoded image, token ids) into arrays; where there is no pair, the row stays empty."""
+    size = len(pairs)
+    pixels = np.zeros((size, image_size, image_size, 3), np.uint8)
+    ids, valid = np.zeros((size, max_length), np.int32), np.zeros((size, max_length), bool)
+    for b, pair in enumerate(pairs):
+        if pair:
+            pixels[b], tokens = pair
+            ids[b, : len(tokens)] = tokens
+            valid[b, : len(tokens)] = True
+    return Pairs(np.arange(first, first + size, dtype=np.int32), pixels, ids, valid)

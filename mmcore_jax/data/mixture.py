@@ -1,10 +1,12 @@
-"""Which example comes when: sources mixed in exact proportions, each with its own epochs and shuffles.
+"""Which example comes when: sources mixed in exact proportions, each with its own epochs and shuffles."""
 
-Everything is a pure function of (seed, weights, lengths, window): any position is reached without replaying the ones
-before it.
-"""
+import functools
+from collections.abc import Callable
 
+import grain
 import numpy as np
+
+_KEPT = 1 << 17  # examples
 
 Draw = tuple[int, int]
 """(source, index of the example in it)"""
@@ -23,31 +25,22 @@ def counts_before(window: int, size: int, weights: np.ndarray) -> np.ndarray:
     return counts
 
 
-def draws(window: int, size: int, weights: np.ndarray, lengths: list[int], seed: int) -> list[Draw]:
-    """The examples of a window, in shuffled order."""
-    first, last = (counts_before(w, size, weights) for w in (window, window + 1))
-    drawn = [
-        (source, _shuffled(seed, source, position, lengths[source]))
-        for source in range(len(lengths))
-        for position in range(first[source], last[source])
-    ]
-    order = np.random.default_rng((seed, 1, window)).permutation(len(drawn))
-    return [drawn[i] for i in order]
+def order(length: int, seed: int, source: int) -> Callable[[int], int]:
+    """The endless stream of a source's examples by place: a new shuffle every epoch, any place reached at once.
+
+    The permutation of a small source is kept; that of a large one is computed place by place, in no memory (which would
+    be slow for a small one: it searches a space of at least 2**16 places).
+    """
+    if length > _KEPT:
+        stream = grain.MapDataset.range(length).seed(int(np.random.default_rng((seed, 0, source)).integers(2**31)))
+        return stream.shuffle().repeat().__getitem__
+    permutation = functools.lru_cache(2)(
+        lambda epoch: np.random.default_rng((seed, 0, source, epoch)).permutation(length)
+    )
+    return lambda place: int(permutation(place // length)[place % length])
 
 
-def _shuffled(seed: int, source: int, position: int, length: int) -> int:
-    """Entry `position` of a source's endless stream: a new permutation every epoch."""
-    epoch, offset = divmod(position, length)
-    return int(_permutation(seed, source, epoch, length)[offset])
-
-
-_CACHE: dict[tuple, np.ndarray] = {}
-
-
-def _permutation(seed: int, source: int, epoch: int, length: int) -> np.ndarray:
-    key = (seed, source, length)
-    cached = _CACHE.get(key)
-    if cached is None or cached[0] != epoch:
-        cached = (epoch, np.random.default_rng((seed, 0, source, epoch)).permutation(length))
-        _CACHE[key] = cached
-    return cached[1]
+def draws(first: np.ndarray, last: np.ndarray, orders: list[Callable[[int], int]], seed: tuple[int, ...]) -> list[Draw]:
+    """The examples that each source gives from place `first` to `last` of its stream, in shuffled order."""
+    drawn = [(i, int(stream(place))) for i, stream in enumerate(orders) for place in range(first[i], last[i])]
+    return [drawn[i] for i in np.random.default_rng(seed).permutation(len(drawn))]

@@ -1,65 +1,74 @@
-"""From shards to batches: a grain dataset whose element `step` is this process's slice of that step's global batch.
+"""From sources to batches: a grain dataset whose element `step` is this process's slice of that step's global batch.
 
-The order is a pure function of (seed, step) and does not depend on the number of processes. The whole data position is
-the step.
+The order is a pure function of (seed, step), whatever the number of processes, workers and threads. A record that turns
+out bad when it is read is left out of its row, which shifts no other; `Ledger` counts it.
 """
 
 import collections
-import functools
-import threading
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
-from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import image as image_lib
-from mmcore_jax.data import layout, mixture
+from mmcore_jax.config import Config
+from mmcore_jax.data import layout, scan
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Pairs
-from mmcore_jax.data.sources import ShardSource
-from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.data.plan import Planner, Position
+from mmcore_jax.data.reader import Prepared, Reader
+from mmcore_jax.progress import progress
 
 PREFETCH = 16  # batches
-_CACHE_BYTES = 4 << 30  # of prepared examples kept in memory
+_CASES_LOGGED = 3
+
+
+class Skipped(NamedTuple):
+    """A record that could not be used, or, where `lost` is False, had to be shortened."""
+
+    source: str
+    reason: str
+    where: str
+    lost: bool = True
 
 
 class Batch(NamedTuple):
-    """Arrays for the device, and the ids of the examples in each row."""
+    """Arrays for the device, and what the run is to know of them."""
 
     arrays: Interleaved | Pairs
-    ids: list[list[str]]
+    ids: list[list[str]]  # of the examples in each row of this process
+    drawn: np.ndarray  # [sources], examples in the global batch
+    skipped: list[Skipped]  # in the rows of this process
+    position: Position  # from which the batch after this one can be planned
 
 
 class Batches(grain.MapDataset):
-    """Random access over the batches of a run."""
+    """Random access over the batches of a run, from that which `start` leads to."""
 
-    def __init__(self, config: Config, process_index: int = 0, process_count: int = 1) -> None:
-        """Opens the sources and reads through them once, for lengths and for records that cannot be used.
+    def __init__(
+        self, config: Config, process_index: int = 0, process_count: int = 1, start: Position | None = None
+    ) -> None:
+        """Opens the sources, and scans those that have not been scanned before.
 
         Raises:
-          UserError: for missing data, or if more than `config.data.bad_record_limit` of a source is bad.
+          UserError: for missing data, if more than `config.data.bad_record_limit` of a source is bad, or if the mixture
+            cannot be drawn.
         """
         super().__init__()
-        self._config, self._data = config, config.data
-        self._processes = (process_index, process_count)
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self._sources = [ShardSource(name, source.shards) for name, source in config.data.sources.items()]
-        self._weights = np.array([source.weight for source in config.data.sources.values()], np.float64)
-        self.bad_records: collections.Counter[tuple[str, str]] = collections.Counter()
-        if config.data.layout == "interleaved":
-            self._format = layout.ChatFormat(self.tokenizer)
-            self._sizes = layout.geometry(config.model, config.data)
-            self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
-        blank = jax.tree.leaves(layout.placeholder(config))
-        self._prepared = functools.lru_cache(_CACHE_BYTES // sum(array.nbytes for array in blank))(self._prepare)
-        self._lengths = [self._scan(number) for number in range(len(self._sources))]
-        self._usable = [np.flatnonzero([taken is not None for taken in lengths]) for lengths in self._lengths]
-        self._row_counts, self._row_counts_lock = [0], threading.Lock()
-        self._rows_of_window = functools.lru_cache(8)(self._plan_window)
+        self._config, self._processes = config, (process_index, process_count)
+        self._reader = Reader(config)
+        numbers = range(len(self._reader.sources))
+        self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
+        self._planner = Planner(config, self.scans, start)
+
+    def __reduce__(self) -> tuple:
+        return Batches, (self._config, *self._processes, self._planner.start)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._reader.tokenizer
 
     def __len__(self) -> int:
         return self._config.total_steps
@@ -68,86 +77,107 @@ class Batches(grain.MapDataset):
         if isinstance(step, slice):
             return self.slice(step)
         index, count = self._processes
-        size = self._config.batch_size // count
-        first = step * self._config.batch_size + index * size
-        rows = [self._row(first + offset) for offset in range(size)]
-        ids = [[id_ for id_, *_ in row] for row in rows]
-        return Batch(self._assemble(rows, index * size), ids)
+        size, first = self._config.batch_size // count, step * self._config.batch_size
+        planned = [self._planner.row(first + row) for row in range(self._config.batch_size)]
+        skipped: list[Skipped] = []
+        rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
+        sources = [source for source, _ in itertools.chain(*planned)]
+        return Batch(
+            self._assemble(rows, index * size),
+            [[prepared.id for prepared in row] for row in rows],
+            np.bincount(sources, minlength=len(self.scans)),
+            skipped,
+            self._planner.position(first + self._config.batch_size),
+        )
 
     def iterate(self, first: int) -> Iterator[Batch]:
-        """Yields the batches from step `first` on, prepared ahead by threads."""
-        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=PREFETCH)
-        return iter(self[first:].to_iter_dataset(options))
+        """Yields the batches from step `first` on, prepared ahead by `config.data.workers` processes, or by threads."""
+        options = grain.ReadOptions(num_threads=self._config.data.threads, prefetch_buffer_size=PREFETCH)
+        batches = self[first:].to_iter_dataset(options)
+        if self._config.data.workers:
+            flags.FLAGS.mark_as_parsed()  # which grain reads its own from
+            ahead = -(-PREFETCH // self._config.data.workers)
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(self._config.data.workers, ahead))
+        return iter(batches)
 
     def examples(self, per_source: int) -> list[Example]:
         """A few usable examples of each source, evenly spaced."""
-        chosen = [usable[:: max(1, len(usable) // per_source)][:per_source] for usable in self._usable]
-        return [self._sources[number][int(index)] for number, indices in enumerate(chosen) for index in indices]
+        usable = [scan.usable for scan in self.scans]
+        chosen = [indices[:: max(1, len(indices) // per_source)][:per_source] for indices in usable]
+        return [self._reader.read(number, int(index)) for number, indices in enumerate(chosen) for index in indices]
 
-    def _scan(self, number: int) -> list[layout.Lengths | None]:
-        source = self._sources[number]
-        taken = []
-        for index in range(len(source)):
+    def _prepare(self, row: list, skipped: list[Skipped]) -> list[Prepared]:
+        """The examples of a row that can be read; adds to `skipped`."""
+        prepared = []
+        for number, index in row:
+            source = self._reader.sources[number]
             try:
-                taken.append(self._prepared(number, index)[2])
+                prepared.append(self._reader.prepare(number, index))
             except BadExample as bad:
-                taken.append(None)
-                if not self.bad_records[source.name, str(bad)]:
-                    logging.warning("data source %s: record %d is skipped: %s", source.name, index, bad)
-                self.bad_records[source.name, str(bad)] += 1
-        bad = sum(length is None for length in taken)
-        if bad > self._data.bad_record_limit * len(taken) or bad == len(taken):
-            reason, count = max(
-                ((why, n) for (name, why), n in self.bad_records.items() if name == source.name), key=lambda x: x[1]
-            )
-            raise UserError(
-                f"data source {source.name!r} has {bad} bad records of {len(taken)}, more than "
-                f"config.data.bad_record_limit {self._data.bad_record_limit:g} allows; most often ({count}): {reason}."
-            )
-        return taken
+                skipped.append(Skipped(source.name, str(bad), source.where(index)))
+                continue
+            if prepared[-1].shortened:
+                skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
+        return prepared
 
-    def _prepare(self, number: int, index: int) -> tuple[str, Any, layout.Lengths, list]:
-        """Reads, checks, tokenises and decodes one example."""
-        example = self._sources[number][index]
-        if self._data.layout == "pairs":
-            encoded, tokens = layout.make_pair(
-                example, self.tokenizer, self._config.model.vision_target.text.max_length
-            )
-            return (
-                example["id"],
-                tokens,
-                layout.Lengths(0, 0, 0, 0, 1),
-                [image_lib.decode(encoded, self._config.model.vision_target.vision.image_size)],
-            )
-        item = layout.make_item(example, self._format, self._sizes, self._user_text)
-        taken = layout.lengths(item, self._sizes)
-        too_long = layout.exceeded(taken, self._data.budgets)
-        if too_long:
-            raise BadExample(too_long)
-        return item.id, item, taken, [layout.picture(frame, self._sizes) for frame in item.frames]
+    def _assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
+        data = self._config.data
+        if data.layout == "pairs":
+            vision_target = self._config.model.vision_target
+            pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
+            return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
+        packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
+        return layout.assemble(packed, first, data.budgets, layout.geometry(self._config.model, data))
 
-    def _plan_window(self, window: int) -> list[list[mixture.Draw]]:
-        seed, lengths = self._config.seed, [len(usable) for usable in self._usable]
-        drawn = mixture.draws(window, self._data.window, self._weights, lengths, seed)
-        drawn = [(source, int(self._usable[source][position])) for source, position in drawn]
-        if self._data.layout == "pairs":
-            return [[draw] for draw in drawn]
-        taken = [self._lengths[source][index] for source, index in drawn]
-        rows = layout.plan(taken, self._data.budgets, np.random.default_rng((seed, 2, window)))
-        return [[drawn[i] for i in row] for row in rows]
 
-    def _row(self, number: int) -> list[tuple]:
-        """Row `number` of the endless stream of all windows' rows, prepared."""
-        with self._row_counts_lock:
-            while self._row_counts[-1] <= number:
-                self._row_counts.append(self._row_counts[-1] + len(self._rows_of_window(len(self._row_counts) - 1)))
-        window = int(np.searchsorted(self._row_counts, number, side="right")) - 1
-        row = self._rows_of_window(window)[number - self._row_counts[window]]
-        return [self._prepared(source, index) for source, index in row]
+class Ledger:
+    """What a run has seen of each source: examples drawn, and records that were bad or shortened, by reason."""
 
-    def _assemble(self, rows: list[list[tuple]], first: int) -> Interleaved | Pairs:
-        if self._data.layout == "pairs":
-            pairs = [(pixels[0], tokens) for ((_, tokens, _, pixels),) in rows]
-            return layout.assemble_pairs(pairs, first, self._config.model.vision_target.text.max_length)
-        packed = [[(item, pictures) for _, item, _, pictures in row] for row in rows]
-        return layout.assemble(packed, first, self._data.budgets, self._sizes)
+    def __init__(self, config: Config, process_count: int = 1, record: dict | None = None) -> None:
+        """Continues the `record` of an interrupted run."""
+        self._config, self._process_count, self._names = config, process_count, list(config.data.sources)
+        record = record or {"drawn": [0] * len(self._names), "lost": [], "shortened": []}
+        self._drawn = np.array(record["drawn"], np.int64)
+        self._lost, self._shortened = (
+            collections.Counter({(name, reason): count for name, reason, count in record[kind]})
+            for kind in ("lost", "shortened")
+        )
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch.
+
+        Raises:
+          UserError: if more than `config.data.bad_record_limit` of what was drawn of a source was bad.
+        """
+        self._drawn += batch.drawn
+        for case in batch.skipped:
+            counts = self._lost if case.lost else self._shortened
+            counts[case.source, case.reason] += 1
+            if counts[case.source, case.reason] <= _CASES_LOGGED:
+                logging.warning("data source %s, %s: %s", case.source, case.where, case.reason)
+        for name in {case.source for case in batch.skipped if case.lost}:
+            bad = {reason: count for (source, reason), count in self._lost.items() if source == name}
+            total = max(self._drawn[self._names.index(name)], self._config.data.window) // self._process_count
+            scan.check_share(name, bad, int(total), self._config.data.bad_record_limit)
+
+    def metrics(self) -> dict[str, float]:
+        """The share that each source has had so far, and how many of its records were bad or shortened."""
+        shares = dict(zip(self._names, self._drawn / max(self._drawn.sum(), 1)))
+        metrics = {f"data/share/{name}": float(share) for name, share in shares.items()}
+        for kind, counts in (("bad", self._lost), ("shortened", self._shortened)):
+            for (name, _), count in counts.items():
+                metrics[f"data/{kind}/{name}"] = metrics.get(f"data/{kind}/{name}", 0.0) + count
+        return metrics
+
+    def record(self) -> dict:
+        """Itself as JSON values, for a checkpoint."""
+        lost, shortened = ([[*key, n] for key, n in counts.items()] for counts in (self._lost, self._shortened))
+        return {"drawn": self._drawn.tolist(), "lost": lost, "shortened": shortened}
+
+    def lines(self) -> list[str]:
+        """A line for every reason for which records were left out or shortened."""
+        return [
+            f"data source {name}: {count} {what}: {reason}"
+            for what, counts in (("left out", self._lost), ("shortened", self._shortened))
+            for (name, reason), count in counts.most_common()
+        ]

@@ -44,6 +44,14 @@ class ShardSource:
         """Returns an example; raises `BadExample` for a record that is not one."""
         return example_lib.decode(self._records[index])
 
+    def where(self, index: int) -> str:
+        """What a message calls a record."""
+        return f"record {index} of {self.name}"
+
+    def fingerprint(self) -> str:
+        """Stands for what the shards hold, by their names and sizes."""
+        return repr([(pathlib.Path(path).name, pathlib.Path(path).stat().st_size) for path in self.paths])
+
 
 def _check_complete(name: str, paths: list[str]) -> None:
     """Raises `UserError` naming the first shard that a set `-00000-of-0000N` lacks."""

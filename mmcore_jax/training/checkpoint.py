@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: written asynchronously, complete enough that a resumed run cannot be told from another.
 
-A checkpoint holds what trains, the optimizer's state, the EMA, the statistics of the data and a JSON record: step
-(which is the whole data position), config, and for each part with frozen parameters where they came from and their
-fingerprint. Frozen parameters themselves are not written.
+A checkpoint holds what trains, the optimizer's state, the EMA, the statistics of the data and a JSON record: step,
+the position in the data and what was seen of it, config, and for each part with frozen parameters where they came from
+and their fingerprint. Frozen parameters themselves are not written.
 """
 
 import dataclasses
@@ -52,12 +52,16 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: State, constants: Constants, step: int) -> None:
-        """Starts writing a checkpoint and returns; the arrays are copied off the devices first."""
+    def save(self, state: State, constants: Constants, step: int, data: dict) -> None:
+        """Starts writing a checkpoint and returns; the arrays are copied off the devices first.
+
+        `data` says, as JSON values, where the run stands in its data, and what it has seen.
+        """
         if self.latest_step == step:
             return
         record = {
             "step": step,
+            "data": data,
             "config": dataclasses.asdict(self._config),
             "statistics": {name: list(value.shape) for name, value in constants.statistics.items()},
             "frozen": {
@@ -74,6 +78,13 @@ class Checkpoints:
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
 
+    def data(self) -> dict:
+        """What the latest checkpoint says of the data; empty before the first one."""
+        return self._record()["data"] if self.latest_step is not None else {}
+
+    def _record(self) -> dict:
+        return self._manager.restore(self.latest_step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
     def restore(self, abstract: State, frozen: Flat) -> tuple[State, Constants]:
         """Restores the latest checkpoint onto the shardings of `abstract`.
 
@@ -83,7 +94,7 @@ class Checkpoints:
         step = self.latest_step
         items = {"params": abstract.params, "opt_state": abstract.opt_state, "ema": abstract.ema}
         arrays = {name: ocp.args.StandardRestore(tree) for name, tree in items.items() if tree}
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        record = self._record()
         whole = abstract.step.sharding
         statistics = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)

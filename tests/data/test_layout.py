@@ -244,7 +244,7 @@ def test_shapes_do_not_depend_on_what_is_in_them():
 
 def test_exceeded_names_the_budget():
     taken = layout.Lengths(5, 0, 0, 0, 7)
-    assert layout.exceeded(taken, BUDGETS) == "7 images exceed config.data.budgets.images 6"
+    assert layout.exceeded(taken, BUDGETS) == "more images than config.data.budgets.images 6"
     assert layout.exceeded(taken._replace(images=6), BUDGETS) is None
 
 
@@ -275,10 +275,10 @@ def test_pairs():
     image, tokens = layout.make_pair(document("pair", 1, "abcdef"), CHAT.tokenizer, 4)
     assert image == rows.png(1)
     assert CHAT.tokenizer.decode(tokens) == "abcd"
-    batch = layout.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens)], 6, 4)
-    np.testing.assert_array_equal(batch.row, [6, 7])
-    np.testing.assert_array_equal(batch.valid, [[True, True, False, False], [True] * 4])
-    np.testing.assert_array_equal(batch.pixels, PICTURES[:2])
+    batch = layout.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens), None], 6, 8, 4)
+    np.testing.assert_array_equal(batch.row, [6, 7, 8])
+    np.testing.assert_array_equal(batch.valid, [[True, True, False, False], [True] * 4, [False] * 4])
+    np.testing.assert_array_equal(batch.pixels, [*PICTURES[:2], np.zeros_like(PICTURES[0])])
     assert batch.ids[0].tolist() == [ord("a"), ord("b"), 0, 0]
     with pytest.raises(BadExample):
         layout.make_pair(document("no image", "abc"), CHAT.tokenizer, 4)

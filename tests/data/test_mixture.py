@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, no position given twice, and every window reached without the ones before."""
+"""Mixtures: exact shares, no place given twice, an epoch at a time."""
 
 import collections
 
@@ -9,7 +9,9 @@ from mmcore_jax.data import mixture
 
 
 def drawn(windows, size, weights, lengths, seed=0):
-    return [mixture.draws(window, size, np.array(weights), lengths, seed) for window in windows]
+    orders = [mixture.order(length, seed, source) for source, length in enumerate(lengths)]
+    counts = [[mixture.counts_before(w, size, np.array(weights)) for w in (window, window + 1)] for window in windows]
+    return [mixture.draws(*pair, orders, (seed, 1, window)) for window, pair in zip(windows, counts)]
 
 
 @pytest.mark.parametrize("weights", [[1.0], [3.0, 1.0], [18.0, 4.0, 1.5, 1.5], [0.5, 0.0, 0.5]])
@@ -20,6 +22,12 @@ def test_shares_are_exact(weights):
         assert counts.sum() == 100 * window
         np.testing.assert_allclose(counts, 100 * window * weights / weights.sum(), atol=1)
     assert mixture.counts_before(0, 100, weights).tolist() == [0] * len(weights)
+
+
+def test_shares_over_100_000_draws():
+    weights = np.array([0.61, 0.2, 0.13, 0.05, 0.01])
+    sources = [source for window in drawn(range(100), 1000, weights, [7919, 204_729, 13, 2, 5]) for source, _ in window]
+    np.testing.assert_allclose(np.bincount(sources) / 100_000, weights, atol=1e-4)
 
 
 def test_counts_never_go_back():
@@ -44,11 +52,14 @@ def test_every_epoch_gives_each_example_once():
     assert max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_any_window_is_reached_without_those_before():
-    forwards = drawn(range(20), 16, [3.0, 1.0], [11, 5])
-    backwards = drawn(reversed(range(20)), 16, [3.0, 1.0], [11, 5])
-    assert forwards == backwards[::-1]
-    assert all(len(window) == 16 for window in forwards)
+@pytest.mark.parametrize("kept", [0, 1 << 17])
+def test_epochs_and_sources_are_shuffled_apart(kept, monkeypatch):
+    monkeypatch.setattr(mixture, "_KEPT", kept)
+    first, second = (mixture.order(50, 0, source) for source in range(2))
+    epochs = [[stream(place) for place in range(50 * i, 50 * i + 50)] for stream in (first, second) for i in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+    assert [first(place) for place in (149, 0, 77)] == [epochs[2][49], epochs[0][0], epochs[1][27]]
 
 
 def test_seeds_differ():

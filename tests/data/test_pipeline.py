@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
-import time
 
 import chex
 import jax
@@ -15,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mmcore_jax import config
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example, text
-from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.pipeline import Batches, Ledger
 from mmcore_jax.data.sources import ShardSource
 from tests.rows import document, png
 
@@ -67,6 +66,7 @@ def make_config(data, layout="interleaved", limit=0.01, sources=("drawings", "ed
         shipped.data,
         sources=named,
         tokenizer=str(data / "tokenizer"),
+        index=str(data / "index"),
         image_size=8,
         vlm_pixels=(64, 64),
         window=window,
@@ -74,6 +74,11 @@ def make_config(data, layout="interleaved", limit=0.01, sources=("drawings", "ed
         budgets=config.Budgets(vlm_tokens=80, vision_patches=16, context_tokens=40, latent_tokens=24, images=4),
     )
     return dataclasses.replace(shipped, data=settings, total_steps=STEPS, batch_size=BATCH)
+
+
+def join(slices):
+    """The arrays of a global batch, from those of the processes."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *(batch.arrays for batch in slices))
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +109,12 @@ def test_pixels_are_those_of_the_ids(expected):
                 slot += 1
 
 
-def test_mixture_over_whole_windows(data):
-    """The stream gives the sources their shares, window by window, and every example once an epoch."""
-    batches = Batches(make_config(data, window=20))
-    stream = [name for window in range(13) for row in batches._rows_of_window(window) for name in row]
-    sources = [source for source, _ in stream]
-    assert (sources.count(0), sources.count(1)) == (195, 65)
-    drawn = [index for source, index in stream if source == 0]
-    assert sorted(drawn) == sorted(list(range(13)) * 15)
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_order_does_not_depend_on_the_number_of_processes(data, expected, processes):
     parts = [Batches(make_config(data), index, processes) for index in range(processes)]
     for step in (0, 1, 5, STEPS - 1):
         slices = [part[step] for part in parts]
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *(one.arrays for one in slices))
-        chex.assert_trees_all_equal(joined, expected[step].arrays)
+        chex.assert_trees_all_equal(join(slices), expected[step].arrays)
         assert list(itertools.chain(*(one.ids for one in slices))) == expected[step].ids
 
 
@@ -141,16 +135,23 @@ def test_iterating_from_a_step(data, expected):
 def test_threads_do_not_change_the_order(data, expected):
     """Several threads that plan windows at once agree with one that does."""
     batches = Batches(make_config(data))
-    plan = batches._rows_of_window
-
-    def slow(window):
-        time.sleep(0.01)
-        return plan(window)
-
-    batches._rows_of_window = slow
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         ids = [batch.ids for batch in threads.map(batches.__getitem__, range(STEPS))]
     assert ids == [batch.ids for batch in expected]
+
+
+def test_workers_and_another_number_of_processes_continue(data, expected):
+    """A run that stops and goes on from its position, with another number of processes, and worker processes."""
+    first = 5
+    settings = make_config(data)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=2))
+    start = expected[first - 1].position
+    parts = [Batches(settings, index, 2, start).iterate(first) for index in range(2)]
+    for batch, *slices in zip(expected[first:], *parts, strict=True):
+        chex.assert_trees_all_equal(join(slices), batch.arrays)
+        assert list(itertools.chain(*(one.ids for one in slices))) == batch.ids
+        assert [one.position for one in slices] == [batch.position] * 2
+        np.testing.assert_array_equal(slices[0].drawn, batch.drawn)
 
 
 def test_seeds_differ(data, expected):
@@ -159,22 +160,51 @@ def test_seeds_differ(data, expected):
 
 
 def test_bad_records_are_skipped_and_counted(data):
-    batches = Batches(make_config(data, limit=0.5, sources=("partly",)))
-    assert sum(batches.bad_records.values()) == 3
-    assert {source for source, _ in batches.bad_records} == {"partly"}
-    reasons = sorted(reason for _, reason in batches.bad_records)
-    assert "image does not decode" in reasons[1]
-    assert "not a msgpack record" in reasons[2]
-    assert reasons[0].endswith("vlm tokens exceed config.data.budgets.vlm_tokens 80")
-    seen = {name for step in range(STEPS) for row in batches[step].ids for name in row}
-    assert seen == {f"drawing-{i}" for i in range(8)}
+    """What the scan finds is not drawn; the damaged image is found when it is read, and shifts no other example."""
+    settings = make_config(data, limit=0.5, sources=("partly",))
+    batches = Batches(settings)
+    (scan,) = batches.scans
+    assert scan.bad == {
+        "not a msgpack record (FormatError)": 1,
+        "more vlm tokens than config.data.budgets.vlm_tokens 80": 1,
+    }
+    ledger, seen = Ledger(settings), []
+    for step in range(STEPS):
+        ledger.add(batches[step])
+        seen += itertools.chain(*batches[step].ids)
+    ((source, reason, count),) = ledger.record()["lost"]
+    assert (source, reason) == ("partly", "image does not decode (UnidentifiedImageError)")
+    drawn = ledger.record()["drawn"][0]
+    assert drawn == count + len(seen)
+    assert set(seen) == {f"drawing-{i}" for i in range(8)}
+    assert ledger.metrics() == {"data/share/partly": 1.0, "data/bad/partly": count}
+    assert Ledger(settings, 1, ledger.record()).record() == ledger.record()
 
 
 def test_too_many_bad_records_stop_the_run(data):
     with pytest.raises(
-        UserError, match=r"'partly' has 3 bad records of 11, more than config.data.bad_record_limit 0.1 allows"
+        UserError, match=r"'partly' has 2 bad records of 11, more than config.data.bad_record_limit 0.1 allows"
     ):
         Batches(make_config(data, limit=0.1, sources=("partly",)))
+    settings = make_config(data, limit=0.5, sources=("partly",))
+    batches = Batches(settings)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, bad_record_limit=0.05))
+    ledger = Ledger(settings)
+    with pytest.raises(UserError, match=r"'partly' has . bad records of .*allows; most often .*image does not decode"):
+        list(map(ledger.add, batches))
+
+
+@pytest.mark.parametrize(("policy", "how"), [("truncate", "text truncated"), ("downscale", None)])
+def test_too_long_for_a_row(data, policy, how):
+    """`endless` has a text of 200 words, which smaller images do not help."""
+    settings = make_config(data, limit=0.5, sources=("partly",))
+    source = dataclasses.replace(settings.data.sources["partly"], too_long=policy)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, sources={"partly": source}))
+    batches = Batches(settings)
+    shortened = [case for step in range(STEPS) for case in batches[step].skipped if not case.lost]
+    names = {name for step in range(STEPS) for row in batches[step].ids for name in row}
+    assert {case.reason for case in shortened} == ({how} if how else set())
+    assert ("endless" in names) == bool(how)
 
 
 def test_missing_data(data):
@@ -194,8 +224,7 @@ def test_pairs(data):
     settings = make_config(data, layout="pairs")
     whole, parts = Batches(settings), [Batches(settings, index, 2) for index in range(2)]
     for step in (0, 5):
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part[step].arrays for part in parts))
-        chex.assert_trees_all_equal(joined, whole[step].arrays)
+        chex.assert_trees_all_equal(join([part[step] for part in parts]), whole[step].arrays)
         assert [len(row) for row in whole[step].ids] == [1] * BATCH
     assert whole[0].arrays.valid.any(axis=1).all()
 

@@ -86,7 +86,7 @@ class Case:
             model = dataclasses.replace(config.model, vision_target=siglip_of_width(256, text=True))
             config = dataclasses.replace(config, model=model, batch_size=ROWS)
             pixels = np.zeros((32, 32, 3), np.uint8)
-            self.batch = layout.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, 16)
+            self.batch = layout.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, pixels.shape[0], 16)
         else:
             config = wide(config, dual_layers)
             self.batch = self.interleaved(config, padding)

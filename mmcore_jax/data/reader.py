@@ -1,0 +1,162 @@
+"""Examples of the sources, on their way into rows: read, checked, tokenised, decoded."""
+
+import bisect
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from mmcore_jax.config import Config
+from mmcore_jax.data import image as image_lib
+from mmcore_jax.data import layout
+from mmcore_jax.data.example import BadExample, Example
+from mmcore_jax.data.layout import Lengths
+from mmcore_jax.data.sources import ShardSource
+from mmcore_jax.data.text import load_tokenizer
+
+_CACHE_BYTES = 1 << 30
+
+Progress = Callable[[Iterable, int, str], Iterable]
+
+
+class Prepared(NamedTuple):
+    """An example that is ready to be written into a row."""
+
+    id: str
+    content: Any  # a layout.Item, or the token ids of a pair
+    images: list  # a layout.Picture each, or the pixels of a pair
+    shortened: str | None  # how it was made to fit
+
+
+class Reader:
+    """Random access over the examples of all sources of a config. Goes to other processes by its config."""
+
+    def __init__(self, config: Config) -> None:
+        """Opens the sources.
+
+        Raises:
+          UserError: for missing data, a tokenizer that does not fit, or sizes that do not.
+        """
+        self._config, self._data = config, config.data
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.sources = [ShardSource(name, source.shards) for name, source in config.data.sources.items()]
+        if config.data.layout == "interleaved":
+            self._format = layout.ChatFormat(self.tokenizer)
+            self._sizes = layout.geometry(config.model, config.data)
+            self._smaller_sizes = _smaller(self._sizes)
+            self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
+        self._policies = [source.too_long for source in config.data.sources.values()]
+        bytes_each = sum(array.nbytes for array in jax.tree.leaves(layout.placeholder(config)))
+        if (
+            bytes_each * sum(map(len, self.sources)) <= _CACHE_BYTES
+        ):  # an epoch must fit, or none of it is there in time
+            self.prepare = functools.cache(self.prepare)
+
+    def __reduce__(self) -> tuple:
+        return Reader, (self._config,)
+
+    def read(self, source: int, index: int) -> Example:
+        """Returns an example as it is; raises `BadExample`."""
+        return self.sources[source][index]
+
+    def measure(self, source: int, index: int) -> Lengths:
+        """What an example takes of each budget; its images are read no further than their headers.
+
+        Raises:
+          BadExample: if it cannot be used.
+        """
+        example = self.read(source, index)
+        if self._data.layout == "pairs":
+            encoded, _ = self._pair(example)
+            image_lib.read_size(encoded)
+            return Lengths(0, 0, 0, 0, 1)
+        return layout.lengths(self._fit(example, self._policies[source])[0], self._sizes)
+
+    def prepare(self, source: int, index: int) -> Prepared:
+        """Reads, checks, tokenises and decodes an example; raises `BadExample`."""
+        example = self.read(source, index)
+        if self._data.layout == "pairs":
+            encoded, tokens = self._pair(example)
+            size = self._config.model.vision_target.vision.image_size
+            return Prepared(example["id"], tokens, [image_lib.decode(encoded, size)], None)
+        item, shortened = self._fit(example, self._policies[source])
+        return Prepared(item.id, item, [layout.picture(frame, self._sizes) for frame in item.frames], shortened)
+
+    def _pair(self, example: Example) -> tuple[bytes, list[int]]:
+        return layout.make_pair(example, self.tokenizer, self._config.model.vision_target.text.max_length)
+
+    def _fit(self, example: Example, policy: str) -> tuple[layout.Item, str | None]:
+        """The item of an example, shortened by the policy of its source if it is too long for a row, and how."""
+        item, excess = self._item(example, self._sizes)
+        if excess and policy == "truncate":
+            kept = bisect.bisect_left(
+                range(len(item.ids)), True, key=lambda n: bool(self._item(example, self._sizes, n)[1])
+            )
+            if kept > 1:
+                return self._item(example, self._sizes, kept - 1)[0], "text truncated"
+        if excess and policy == "downscale":
+            for sizes in self._smaller_sizes:
+                smaller, still = self._item(example, sizes)
+                if not still:
+                    return smaller, "images downscaled"
+        if excess:
+            raise BadExample(excess)
+        return item, None
+
+    def _item(
+        self, example: Example, sizes: layout.Geometry, text_limit: int | None = None
+    ) -> tuple[layout.Item, str | None]:
+        """An example as tokens, and the budget that it exceeds."""
+        item = layout.make_item(example, self._format, sizes, self._user_text, text_limit)
+        return item, layout.exceeded(layout.lengths(item, sizes), self._data.budgets)
+
+
+def _smaller(sizes: layout.Geometry) -> list[layout.Geometry]:
+    """The same with images that the VLM sees at a half, a quarter, ... of the pixels, down to one token."""
+    smaller, (least, most), token = [], sizes.vlm_pixels, sizes.merged_patch**2
+    while most > token:
+        most = max(most // 2, token)
+        smaller.append(dataclasses.replace(sizes, vlm_pixels=(min(least, most), most)))
+    return smaller
+
+
+# --- All of a source, in worker processes -----------------------------------------------------------------------------
+
+
+def over_source(
+    function: Callable[[Reader, int, int, int], Any],
+    size: int,
+    config: Config,
+    reader: Reader,
+    number: int,
+    progress: Progress,
+    label: str,
+    workers: int = 0,
+) -> list:
+    """The values, in order, of `function(reader, number, first, last)` over chunks of `size` examples of a source."""
+    source = reader.sources[number]
+    chunks = [(function, number, first, min(first + size, len(source))) for first in range(0, len(source), size)]
+    label = f"{label} {source.name}"
+    if not workers or len(chunks) == 1:
+        return list(progress((function(reader, *chunk[1:]) for chunk in chunks), len(chunks), label))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _open, (config,)) as pool:
+        return list(progress(pool.map(_call, chunks), len(chunks), label))
+
+
+_reader: Reader | None = None
+
+
+def _open(config: Config) -> None:
+    """Opens the sources, once in each process."""
+    global _reader
+    _reader = Reader(config)
+
+
+def _call(chunk: tuple) -> Any:
+    function, *where = chunk
+    return function(_reader, *where)

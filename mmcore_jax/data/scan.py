@@ -1,0 +1,133 @@
+"""What the plan of rows needs of every example before training: how long it is, or why it cannot be used.
+
+A scan reads every record once, but no image further than its header. It is kept in `config.data.index`, under a name
+that stands for the records, the tokenizer and the sizes that it was made with, and serves every run that has the same.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from mmcore_jax.config import Config, UserError
+from mmcore_jax.data import layout
+from mmcore_jax.data.example import BadExample
+from mmcore_jax.data.reader import Progress, Reader, over_source
+
+_RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8)])
+_CHUNK = 2048  # records
+_MOST_REASONS = 255
+_CASES_LOGGED = 3
+_OTHER = "another reason"
+
+
+class Scan(NamedTuple):
+    """The examples of a source: `table` holds lengths, and 0 or 1 + the index of one of `reasons`."""
+
+    table: np.ndarray  # of _RECORD, [n]
+    reasons: list[str]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """The indices of the examples that can be used, ascending."""
+        return np.flatnonzero(self.table["reason"] == 0)
+
+    @property
+    def bad(self) -> dict[str, int]:
+        """How many examples cannot be used, by reason."""
+        counts = np.bincount(self.table["reason"], minlength=1 + len(self.reasons))[1:]
+        return dict(zip(self.reasons, counts.tolist()))
+
+
+def load(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 0) -> Scan:
+    """The scan of source `number`, made with `workers` processes unless it is there.
+
+    Raises:
+      UserError: if more than `config.data.bad_record_limit` of the source is bad.
+    """
+    source = reader.sources[number]
+    stem = f"{source.name}-{_fingerprint(config, reader, number)}"
+    table, reasons = (pathlib.Path(config.data.index) / (stem + suffix) for suffix in (".npy", ".json"))
+    if not table.exists():
+        _write(_make(config, reader, number, progress, workers), table, reasons)
+    scan = Scan(np.load(table, mmap_mode="r"), json.loads(reasons.read_text()))
+    check_share(source.name, scan.bad, len(scan.table), config.data.bad_record_limit)
+    return scan
+
+
+def check_share(name: str, bad: dict[str, int], total: int, limit: float) -> None:
+    """Raises `UserError` if more than a share `limit` of `total` records is bad, or all are."""
+    count = sum(bad.values())
+    if count and (count > limit * total or count == total):
+        reason = max(bad, key=bad.get)
+        raise UserError(
+            f"data source {name!r} has {count} bad records of {total}, more than config.data.bad_record_limit "
+            f"{limit:g} allows; most often ({bad[reason]}): {reason}."
+        )
+
+
+def _fingerprint(config: Config, reader: Reader, number: int) -> str:
+    """Stands for all that lengths follow from."""
+    tokenizer = (pathlib.Path(config.data.tokenizer) / "tokenizer.json").read_bytes()
+    next_token = config.objectives.next_token
+    given = [
+        reader.sources[number].fingerprint(),
+        hashlib.sha256(tokenizer).hexdigest(),
+        config.data.layout,
+        repr(layout.geometry(config.model, config.data)) if config.data.layout == "interleaved" else None,
+        repr(config.data.budgets),
+        list(config.data.sources.values())[number].too_long,
+        bool(next_token and next_token.user_text),
+        layout.Lengths._fields,
+    ]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
+
+
+def _make(config: Config, reader: Reader, number: int, progress: Progress, workers: int) -> Scan:
+    total, name = len(reader.sources[number]), reader.sources[number].name
+    parts = over_source(_measure, _CHUNK, config, reader, number, progress, "scanning", workers)
+    table = np.zeros(total, _RECORD)
+    known: dict[str, int] = {}
+    logged: dict[str, int] = {}
+    for first, (lengths, bad) in zip(range(0, total, _CHUNK), parts):
+        table["lengths"][first : first + _CHUNK] = lengths
+        for index, reason in bad.items():
+            reason = reason if reason in known or len(known) < _MOST_REASONS - 1 else _OTHER
+            table["reason"][index] = known.setdefault(reason, len(known) + 1)
+            logged[reason] = logged.get(reason, 0) + 1
+            if logged[reason] <= _CASES_LOGGED:
+                logging.warning("data source %s skips %s: %s", name, reader.sources[number].where(index), reason)
+    return Scan(table, list(known))
+
+
+def _measure(reader: Reader, number: int, first: int, last: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Lengths `[last - first, 5]`, and the reasons of the records that cannot be used."""
+    lengths = np.zeros((last - first, len(layout.Lengths._fields)), np.int32)
+    bad = {}
+    for index in range(first, last):
+        try:
+            lengths[index - first] = reader.measure(number, index)
+        except BadExample as error:
+            bad[index] = str(error)
+    return lengths, bad
+
+
+def _write(scan: Scan, table: pathlib.Path, reasons: pathlib.Path) -> None:
+    """Writes both files whole or not at all, the table last: where it is, the reasons are."""
+    temporary = table.with_name(f"{table.name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(scan.reasons))
+        temporary.replace(reasons)
+        with temporary.open("wb") as file:
+            np.save(file, scan.table)
+        temporary.replace(table)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the index of the data to {temporary.parent}: {error.strerror}; name another place in "
+            "config.data.index."
+        ) from error

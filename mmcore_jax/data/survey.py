@@ -1,0 +1,133 @@
+"""What is in the sources of a config: every example read, decoded and tokenised once, as training would."""
+
+import collections
+import hashlib
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmcore_jax.config import Config
+from mmcore_jax.data import image as image_lib
+from mmcore_jax.data import layout
+from mmcore_jax.data.example import BadExample, Example, encode
+from mmcore_jax.data.layout import Item
+from mmcore_jax.data.plan import Planner
+from mmcore_jax.data.reader import Prepared, Progress, Reader, over_source
+from mmcore_jax.data.scan import Scan
+from mmcore_jax.nn.masks import QUERY, TEXT
+
+_CHUNK = 256  # examples
+_PLANNED_WINDOWS = 8
+_BAR = 40  # characters
+
+
+class Survey(NamedTuple):
+    """Counts over examples; of texts by tokens and of images by the root of their area, in powers of two."""
+
+    tasks: collections.Counter[str]
+    texts: collections.Counter[int]
+    images: collections.Counter[int]
+    bad: collections.Counter[str]
+    shortened: collections.Counter[str]
+    hashes: list[int]
+
+    def __add__(self, other: "Survey") -> "Survey":
+        return Survey(*(mine + theirs for mine, theirs in zip(self, other)))
+
+    @property
+    def duplicates(self) -> int:
+        """How many examples hold what another one before them holds."""
+        return len(self.hashes) - len(set(self.hashes))
+
+
+def survey(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 0) -> Survey:
+    """Reads all of source `number`, with `workers` processes."""
+    parts = over_source(_count, _CHUNK, config, reader, number, progress, "reading", workers)
+    return sum(parts, _nothing())
+
+
+def utilisation(config: Config, scans: list[Scan]) -> dict[str, float]:
+    """The share of each budget that the examples of the first windows fill."""
+    planner, limits = Planner(config, scans), config.data.budgets
+    end = planner.start
+    while end.window < _PLANNED_WINDOWS:
+        end = planner.after(end)
+    taken = [scans[s].table["lengths"][i] for row in range(end.row) for s, i in planner.row(row)]
+    used = dict(zip(layout.Lengths._fields, np.sum(taken, axis=0) / end.row))
+    return {name: count / getattr(limits, name) for name, count in used.items() if getattr(limits, name)}
+
+
+def lines(found: Survey) -> list[str]:
+    """A report of a survey."""
+    return [
+        *(f"task {task}: {count:,}" for task, count in found.tasks.most_common()),
+        *_histogram("tokens of a text", found.texts),
+        *_histogram("pixels along a side", found.images),
+        f"duplicates: {found.duplicates:,}",
+        *(f"bad: {count:,}: {reason}" for reason, count in found.bad.most_common()),
+        *(f"shortened: {count:,}: {how}" for how, count in found.shortened.most_common()),
+    ]
+
+
+def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
+    """An example as captioned images, as the model sees it; the text comes first, what carries loss in brackets."""
+    if not isinstance(prepared.content, Item):
+        return [(prepared.images[0], tokenizer.decode(prepared.content))]
+    item, text = prepared.content, ""
+    runs = itertools.groupby(range(len(item.ids)), lambda i: (item.kinds[i], item.frame_of[i], item.learned[i]))
+    for (kind, _, learned), places in runs:
+        ids = [item.ids[place] for place in places]
+        words = tokenizer.decode(ids) if kind == TEXT else f"<{len(ids)} {'queries' if kind == QUERY else 'patches'}>"
+        text += f"[{words}]" if learned else words
+    cells = []
+    for number, (frame, picture) in enumerate(zip(item.frames, prepared.images)):
+        role = "generated" if frame.generate else "given"
+        for part, image in picture._asdict().items():
+            if image is not None:
+                cells.append((image, f"image {number}, {role}, {part} {image.shape[0]} x {image.shape[1]}"))
+    blank = np.full((*np.max([image.shape[:2] for image, _ in cells] or [(32, 32)], axis=0), 3), 255, np.uint8)
+    return [(blank, f"{prepared.id}: {text}"), *cells]
+
+
+def _nothing() -> Survey:
+    return Survey(*(collections.Counter() for _ in range(5)), [])
+
+
+def _count(reader: Reader, number: int, first: int, last: int) -> Survey:
+    found = _nothing()
+    for index in range(first, last):
+        try:
+            example = reader.read(number, index)
+            shortened = reader.prepare(number, index).shortened
+        except BadExample as bad:
+            found.bad[str(bad)] += 1
+            continue
+        found.tasks[example["task"]] += 1
+        found.hashes.append(_hash(example))
+        if shortened:
+            found.shortened[shortened] += 1
+        for segment in example["segments"]:
+            if segment["type"] == "text":
+                found.texts[_power(len(reader.tokenizer.encode(segment["text"], add_special_tokens=False)))] += 1
+            else:
+                found.images[_power(math.sqrt(math.prod(image_lib.read_size(segment["image"]))))] += 1
+    return found
+
+
+def _hash(example: Example) -> int:
+    content = encode({**example, "id": ""})
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _power(value: float) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(0, math.ceil(math.log2(max(value, 1))))
+
+
+def _histogram(title: str, counts: collections.Counter[int]) -> list[str]:
+    most = max(counts.values(), default=1)
+    return [
+        f"{title}, up to {bound:>6,}: {n:>10,} {'#' * round(_BAR * n / most)}" for bound, n in sorted(counts.items())
+    ]
