@@ -12,9 +12,9 @@ DATA = "data/openmoji"
 TOKENIZER = f"{DATA}/tokenizer"
 
 
-def shards(task: str, split: str = "train") -> str:
-    """The shards of a task, as a glob."""
-    return f"{DATA}/{task}-{split}-*.array_record"
+def source(task: str, weight: float) -> ConfigDict:
+    """The training examples of a task."""
+    return ConfigDict(dict(kind="array_record", shards=f"{DATA}/{task}-train-*.array_record", weight=weight))
 
 
 def siglip(text: bool) -> ConfigDict:

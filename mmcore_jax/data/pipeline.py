@@ -20,7 +20,7 @@ from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import layout, mixture
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Pairs
-from mmcore_jax.data.sources import ShardSource
+from mmcore_jax.data.sources import open_source
 from mmcore_jax.data.text import load_tokenizer
 
 PREFETCH = 16  # batches
@@ -47,7 +47,7 @@ class Batches(grain.MapDataset):
         self._config, self._data = config, config.data
         self._processes = (process_index, process_count)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self._sources = [ShardSource(name, source.shards) for name, source in config.data.sources.items()]
+        self._sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
         self._weights = np.array([source.weight for source in config.data.sources.values()], np.float64)
         self.bad_records: collections.Counter[tuple[str, str]] = collections.Counter()
         if config.data.layout == "interleaved":
@@ -93,7 +93,7 @@ class Batches(grain.MapDataset):
             except BadExample as bad:
                 taken.append(None)
                 if not self.bad_records[source.name, str(bad)]:
-                    logging.warning("data source %s: record %d is skipped: %s", source.name, index, bad)
+                    logging.warning("data source %s: %s is skipped: %s", source.name, source.where(index), bad)
                 self.bad_records[source.name, str(bad)] += 1
         bad = sum(length is None for length in taken)
         if bad > self._data.bad_record_limit * len(taken) or bad == len(taken):
