@@ -20,6 +20,7 @@ from mmcore_jax.data.example import BadExample
 
 INDEX_SUFFIX = ".index"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGES = re.compile(r"\*?(?:\{\d+\.\.\d+\}\*?)+")  # with the stars beside them: `**` means something else
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z_.]+$")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _VERSIONS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "created")
@@ -123,7 +124,7 @@ def _list(name: str, pattern: str) -> Iterator[Shard]:
     if set("{}") & set(_RANGE.sub("", pattern)):
         raise UserError(f"data source {name!r} has a brace that is no range such as {{00000..00999}} in {pattern}.")
     try:
-        filesystem, stars = fsspec.url_to_fs(_RANGE.sub("*", pattern))
+        filesystem, stars = fsspec.url_to_fs(_RANGES.sub("*", pattern))
         listed = filesystem.glob(stars, detail=True)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"data source {name!r} cannot list {pattern}: {error}.") from error
