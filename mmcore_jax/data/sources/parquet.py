@@ -14,6 +14,7 @@ from mmcore_jax.data.sources import document, files
 from mmcore_jax.data.sources.sharded import Cache, Sharded
 
 _CACHE_BYTES = 1 << 28
+_FOOTER, _GROUP = "parquet footer is damaged", "parquet row group is damaged"
 _DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)  # what Arrow raises on it
 
 
@@ -34,10 +35,13 @@ class Source(Sharded):
         try:
             with self._open(shard) as file:
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                total = file.metadata.num_rows
         except _DAMAGE as error:
-            raise BadExample("parquet footer is damaged") from error
+            raise BadExample(_FOOTER) from error
+        if sum(rows) != total or min(rows, default=0) < 0:
+            raise BadExample(_FOOTER)
         self._group_ends[shard] = np.cumsum(rows)
-        return sum(rows)
+        return total
 
     def _decode(self, key: tuple[int, int]) -> pa.Table | None:
         """The columns of a row group that examples need; None if it is damaged."""
@@ -59,7 +63,7 @@ class Source(Sharded):
         group = int(np.searchsorted(ends, row, side="right"))
         table, offset = self._groups[shard, group], row - (int(ends[group - 1]) if group else 0)
         if table is None or offset >= table.num_rows:
-            raise BadExample("parquet row group is damaged")
+            raise BadExample(_GROUP)
         try:
             (record,) = table.slice(offset, 1).to_pylist()
         except UnicodeDecodeError as error:
