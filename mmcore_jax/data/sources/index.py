@@ -24,14 +24,15 @@ Progress = Callable[[Iterable, int, str], Iterable]
 """`(items, total, label)`: passes items on, and shows how many are done."""
 
 
-def build_indexes(name: str, settings: config.WebDataset | config.JsonLines, progress: Progress, workers: int) -> int:
-    """Indexes the shards of a source that have no index, or a stale one; returns how many those were.
+def build_indexes(name: str, settings: config.Source, progress: Progress, workers: int) -> int:
+    """Indexes the shards of a source that need an index and have none, or a stale one; returns how many those were.
 
     Raises:
       UserError: if the shards are not found or not of that format, or an index cannot be written beside them.
     """
-    shards = files.find(name, settings.shards)
-    todo = [shard for shard in shards if _load(shard) is None]
+    if settings.kind not in KINDS:
+        return 0
+    todo = [shard for shard in files.find(name, settings.shards) if _load(shard) is None]
     if workers == 1 or len(todo) < 2:
         jobs = (_build(settings.kind, shard) for shard in todo)
         return len(list(progress(jobs, len(todo), "indexing")))

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import errno
 import json
 import multiprocessing
 import os
@@ -121,18 +122,24 @@ def _write_opened(shard: int) -> dict:
 
 def _write(job: _Job, shard: int) -> dict:
     """Writes one shard; returns its counts."""
-    first, last = (len(job.source) * edge // job.shards for edge in (shard, shard + 1))
-    bad, written = collections.Counter(), 0
-    partial = job.path(shard).with_suffix(f".{os.getpid()}.partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    for index in range(first, last):
-        try:
-            record = example_lib.encode(job.source[index])
-        except BadExample as reason:
-            bad[str(reason)] += 1
-            continue
-        writer.write(record)
-        written += 1
-    writer.close()
+    bad: collections.Counter[str] = collections.Counter()
+    written, partial = 0, job.path(shard).with_suffix(f".{os.getpid()}.partial")
+    try:
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        for record in _encode(job, shard, bad):
+            writer.write(record)
+            written += 1
+        writer.close()
+    except RuntimeError as error:  # of array_record, for example where the disk is full
+        raise OSError(errno.EIO, str(error)) from error
     os.replace(partial, job.path(shard))
     return {"examples": written, "bad": bad}
+
+
+def _encode(job: _Job, shard: int, bad: collections.Counter[str]) -> Iterator[bytes]:
+    first, last = (len(job.source) * edge // job.shards for edge in (shard, shard + 1))
+    for index in range(first, last):
+        try:
+            yield example_lib.encode(job.source[index])
+        except BadExample as reason:
+            bad[str(reason)] += 1

@@ -35,7 +35,7 @@ class Source:
             ) from error
         info = data.dataset_info
         self._length, self._place = len(data), f"{info.full_name}/{settings.split}"
-        self._bytes = info.splits[settings.split].num_bytes
+        self._bytes = int(info.splits[settings.split].num_bytes)
 
     def _open(self, _: None) -> Any:
         settings = self._settings

@@ -20,6 +20,7 @@ from mmcore_jax.data.sources.sharded import Cache, Sharded
 
 _DAMAGED = "tar header is damaged"
 _DUPLICATE = "duplicate member"
+_CHUNK = 1 << 20  # bytes
 _TORN = (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError)  # what tarfile raises on damage
 
 
@@ -207,9 +208,13 @@ def _entries(file: BinaryIO, shard: Shard) -> Iterator[_Entry]:
                 tar.members.clear()
                 if member.offset > position and _is_torn(file, position, member.offset):
                     yield _Entry("", position, 0, False)
+                if tar.offset <= member.offset:  # a size below zero, which would lead back here
+                    resume = member.offset
+                    raise tarfile.ReadError("negative size")
                 if not member.isdir():
+                    size = min(member.size, max(shard.size - member.offset_data, 0) + 1)  # what tells that it is cut
                     readable = member.isreg() and not member.issparse()
-                    yield _Entry(_printable(member.name), member.offset_data, member.size, readable)
+                    yield _Entry(_printable(member.name), member.offset_data, size, readable)
                 position = resume = tar.offset
                 if position > shard.size:  # the tar ends in this member, or it lies about its size
                     position, resume = shard.size, member.offset_data
@@ -225,8 +230,10 @@ def _entries(file: BinaryIO, shard: Shard) -> Iterator[_Entry]:
 def _is_torn(file: BinaryIO, start: int, end: int) -> bool:
     """Whether a stretch between members is more than padding and a global header."""
     file.seek(start)
-    stretch = file.read(end - start)
-    return bool(stretch.strip(b"\0")) and stretch[156:157] != tarfile.XGLTYPE
+    if file.read(tarfile.BLOCKSIZE)[156:157] == tarfile.XGLTYPE:
+        return False
+    file.seek(start)
+    return any(file.read(min(_CHUNK, end - at)).strip(b"\0") for at in range(start, end, _CHUNK))
 
 
 def _printable(name: str) -> str:

@@ -125,8 +125,7 @@ def settings(kind: str, shards, **changes) -> config.Source:
 
 def opened(name: str, given: config.Source, workers: int = 1):
     """The source, indexed where its format needs that."""
-    if given.kind in index.KINDS:
-        index.build_indexes(name, given, lambda items, total, label: items, workers)
+    index.build_indexes(name, given, lambda items, total, label: items, workers)
     return open_source(name, given)
 
 

@@ -205,6 +205,8 @@ def test_a_tensorflow_dataset(prepared):
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert (copy[4], copy.fingerprint()) == (source[4], source.fingerprint())
     assert open_source("pairs", tfds(prepared, task="other")).fingerprint() != source.fingerprint()
+    part = open_source("pairs", tfds(prepared, split="train[2:4]"))
+    assert [len(part), part[1]["segments"]] == [2, source[3]["segments"]]
 
 
 def test_mistakes_with_a_tensorflow_dataset(prepared):

@@ -66,20 +66,22 @@ def pairs_tar(*bad, **options) -> bytes:
     return tar([*good[0], *good[1], *bad, *good[3], *good[4]], **options)
 
 
+BASE = pairs_tar(*pair(BAD))
+
+
 def special(name: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "pair-1.png"
     return info
 
 
-def lying_size() -> bytes:
+def lying_size(field: bytes) -> bytes:
     """A header whose checksum is right and whose size is not."""
-    content = bytearray(pairs_tar(*pair(BAD)))
-    start = header_of(bytes(content), "pair-2.png")
-    content[start + 124 : start + 136] = b"77777777777\0"
-    block = bytes(content[start : start + 512])
-    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    content[start + 148 : start + 156] = b"%06o\0 " % checksum
+    content = bytearray(BASE)
+    start = header_of(BASE, "pair-2.png")
+    content[start + 124 : start + 136] = field
+    block = content[start : start + 512]
+    content[start + 148 : start + 156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 8 * ord(" "))
     return bytes(content)
 
 
@@ -96,7 +98,6 @@ def broken_continuation(kind: bytes) -> bytes:
 MISSING = "column 'png' is missing"
 TORN = "tar header is damaged"
 DECODE = "image does not decode ({})"
-BASE = pairs_tar(*pair(BAD))
 TAR = {
     "good": (BASE, IDS),
     "member missing": (pairs_tar(pair(BAD)[0]), with_bad(MISSING)),
@@ -155,7 +156,9 @@ TAR = {
         + BASE[header_of(BASE, "pair-3.txt") :],
         with_bad(TORN),
     ),
-    "size beyond the end": (lying_size(), with_bad("shard is truncated")),
+    "size beyond the end": (lying_size(b"77777777777\0"), with_bad("shard is truncated")),
+    "size beyond 64 bits": (lying_size(b"\x80" + b"\xff" * 11), with_bad("shard is truncated")),
+    "size below zero": (lying_size(b"\xff" * 10 + b"\xf0\x00"), with_bad(MISSING, TORN)),
     "long name without end": (broken_continuation(tarfile.GNUTYPE_LONGNAME), [*IDS[:BAD], TORN, *IDS[BAD:]]),
     "PAX header that is none": (broken_continuation(tarfile.XHDTYPE), [*IDS[:BAD], TORN, *IDS[BAD:]]),
     "cut in a member": (BASE[: header_of(BASE, "pair-4.png") + 600], [*IDS[:4], "shard is truncated"]),
@@ -357,7 +360,7 @@ ALL = {
 
 
 def test_there_are_many():
-    assert sum(len(damage.shards) - 1 for damage in ALL.values()) == 100
+    assert sum(len(damage.shards) - 1 for damage in ALL.values()) == 102
 
 
 @pytest.fixture(scope="module")

@@ -128,3 +128,19 @@ def test_a_folder_that_cannot_be_written(tmp_path, damaged):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot write .*/file/made .*: choose another directory"):
         convert(damaged, tmp_path / "file/made")
+
+
+def test_a_full_disk(tmp_path, damaged, monkeypatch):
+    """array_record's own error becomes a sentence, and the shard is not there."""
+
+    class Full:
+        def __init__(self, path, options):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(native, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"cannot write .*/made \(write\(\) failed: No space left on device\): choose"):
+        convert(damaged, tmp_path / "made")
+    assert not stamps(tmp_path / "made")
