@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -43,14 +42,21 @@ def test_documents_come_back(sources, kind):
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_copy_in_another_process(sources, kind):
-    """Pickles are small, hold nothing open, and read on; so does what a fork inherits."""
+def test_a_pickle(sources, kind):
+    """It is small, holds nothing open, and reads on."""
     source = sources[kind]
     source[0]
     assert len(pickle.dumps(source)) < 2000
     assert pickle.loads(pickle.dumps(source))[3] == DOCUMENTS[3]  # noqa: S301
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        assert pool.submit(source.__getitem__, 4).result(timeout=60) == DOCUMENTS[4]
+
+
+def test_a_forked_process_opens_its_own(sources, monkeypatch):
+    source = sources["array_record"]
+    reader = source._readers[0]
+    assert source._readers[0] is reader
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert source._readers[0] is not reader
+    assert source[4] == DOCUMENTS[4]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
