@@ -13,9 +13,9 @@ TOKENIZER = f"{DATA}/tokenizer"
 INDEX = f"{DATA}/index"
 
 
-def shards(task: str, split: str = "train") -> str:
-    """The shards of a task, as a glob."""
-    return f"{DATA}/{task}-{split}-*.array_record"
+def source(task: str, weight: float) -> ConfigDict:
+    """The training examples of a task."""
+    return ConfigDict(dict(kind="array_record", shards=f"{DATA}/{task}-train-*.array_record", weight=weight))
 
 
 def siglip(text: bool) -> ConfigDict:

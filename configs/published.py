@@ -16,9 +16,9 @@ VLM_PIXELS = (56 * 56, 448 * 448)  # at most 256 tokens an image
 VLM_PATCHES = 448 * 448 // 14**2
 
 
-def shards(task: str) -> str:
-    """Where the user's own shards of a task are expected, as a glob."""
-    return f"data/{task}/*.array_record"
+def source(task: str, weight: float) -> ConfigDict:
+    """The user's own examples of a task, where their shards are expected."""
+    return ConfigDict(dict(kind="array_record", shards=f"data/{task}/*.array_record", weight=weight))
 
 
 def qwen_3b() -> ConfigDict:

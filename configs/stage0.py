@@ -33,7 +33,7 @@ def _openmoji() -> ConfigDict:
             init=dict(vision_target="random"),
             data=dict(
                 layout="pairs",
-                sources=dict(text_to_image=dict(shards=openmoji.shards("text_to_image"), weight=1.0)),
+                sources=dict(text_to_image=openmoji.source("text_to_image", 1.0)),
                 tokenizer=openmoji.TOKENIZER,
                 image_size=None,
                 vlm_pixels=None,

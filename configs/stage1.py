@@ -41,7 +41,7 @@ def _openmoji() -> ConfigDict:
             init=dict(vlm="random", queries="random", connector="random", vision_target="runs/stage0-openmoji"),
             data=dict(
                 layout="interleaved",
-                sources={task: dict(shards=openmoji.shards(task), weight=weight) for task, weight in sources.items()},
+                sources={task: openmoji.source(task, weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=None,
                 vlm_pixels=openmoji.VLM_PIXELS,
@@ -84,8 +84,8 @@ def _lora() -> ConfigDict:
     config.model.vlm.lora = dict(rank=8, alpha=16.0, targets=("q", "k", "v", "out", "gate", "up", "down"))
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-openmoji"))
     config.data.sources = dict(
-        caption=dict(shards=openmoji.shards("caption"), weight=3.0),
-        text_to_image=dict(shards=openmoji.shards("text_to_image"), weight=1.0),
+        caption=openmoji.source("caption", 3.0),
+        text_to_image=openmoji.source("text_to_image", 1.0),
     )
     config.objectives.next_token = dict(weight=1.0, user_text=False)
     config.tuning = (
@@ -118,7 +118,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
             init=dict(vlm=checkpoint, queries="random", connector="random", vision_target=published.SIGLIP),
             data=dict(
                 layout="interleaved",
-                sources={task: dict(shards=published.shards(task), weight=weight) for task, weight in sources.items()},
+                sources={task: published.source(task, weight) for task, weight in sources.items()},
                 tokenizer=checkpoint,
                 image_size=None,
                 vlm_pixels=published.VLM_PIXELS,

@@ -60,7 +60,7 @@ def _openmoji() -> ConfigDict:
             ),
             data=dict(
                 layout="interleaved",
-                sources={task: dict(shards=openmoji.shards(task), weight=weight) for task, weight in sources.items()},
+                sources={task: openmoji.source(task, weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=openmoji.IMAGE_SIZE,
                 vlm_pixels=openmoji.VLM_PIXELS,
@@ -134,7 +134,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
             ),
             data=dict(
                 layout="interleaved",
-                sources={task: dict(shards=published.shards(task), weight=weight) for task, weight in sources.items()},
+                sources={task: published.source(task, weight) for task, weight in sources.items()},
                 tokenizer=vlm_checkpoint,
                 image_size=1024,
                 vlm_pixels=published.VLM_PIXELS,

@@ -308,18 +308,91 @@ class Objectives:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Shards by glob, and their share of the examples.
+class Column:
+    """Which column of a record becomes the next segment of the example; a list in it becomes several.
+
+    `column` is a column or key, dotted where nested: of a tar the extension of a member, or a key inside a JSON member
+    ("json.caption"). `speaker` is of text, `generate` of images.
+    """
+
+    type: Literal["text", "image"]
+    column: str
+    speaker: Literal["user", "assistant"] = "user"
+    generate: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What all sources have: their share of the examples.
 
     `schedule`: (step, weight) where the weight changes. `required`: every batch is to hold an example of it.
     `too_long`: what happens to an example that no row has room for; its texts can be cut, or its images seen smaller.
     """
 
-    shards: str
     weight: float
     schedule: tuple[tuple[int, float], ...] = ()
     required: bool = False
     too_long: Literal["drop", "truncate", "downscale"] = "drop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shards(_Source):
+    """Shards: paths, globs and ranges such as {00000..00999}, several of them separated by commas or in a tuple."""
+
+    shards: str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mapped(_Source):
+    """Records whose columns become `segments` in that order; None where each record already is an example.
+
+    `task` is of the records that do not name theirs.
+    """
+
+    task: str | None = None
+    segments: tuple[Column, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecord(_Shards):
+    """Native shards."""
+
+    kind: Literal["array_record"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WebDataset(_Shards, _Mapped):
+    """Tar files in which the members KEY.* are one record."""
+
+    kind: Literal["webdataset"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parquet(_Shards, _Mapped):
+    """Parquet files; images are bytes, or structs of bytes and path as Hugging Face writes them."""
+
+    kind: Literal["parquet"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLines(_Shards, _Mapped):
+    """Files of one JSON object a line, which names images by their path in the folder `images`."""
+
+    kind: Literal["json_lines"]
+    images: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tfds(_Mapped):
+    """A prepared TensorFlow dataset in its ArrayRecord format; `data_dir` None is where that library keeps them."""
+
+    kind: Literal["tfds"]
+    name: str
+    split: str
+    data_dir: str | None = None
+
+
+Source = ArrayRecord | WebDataset | Parquet | JsonLines | Tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -582,7 +655,11 @@ def _within(bound: AtLeast, value: Any, path: str, file: str) -> Any:
 def _member(members: tuple, value: Any, path: str, file: str) -> Any:
     """The member of a union that a value is converted to: of several dataclasses, the one of its `kind`."""
     members = tuple(member for member in members if member is not types.NoneType)
-    if len(members) == 1 or not isinstance(value, dict):
+    if len(members) == 1:
+        return members[0]
+    if isinstance(value, (list, tuple)):
+        return next((member for member in members if typing.get_origin(member) is tuple), members[0])
+    if not isinstance(value, dict):
         return members[0]
     kinds = {typing.get_args(typing.get_type_hints(member)["kind"])[0]: member for member in members}
     return kinds[_convert(Literal[tuple(kinds)], value.get("kind"), f"{path}.kind", file)]

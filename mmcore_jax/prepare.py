@@ -1,10 +1,11 @@
 """Prepares data: the embedded dataset, or what the sources of a config hold.
 
     python -m mmcore_jax.prepare --dataset openmoji --output data/openmoji
-    python -m mmcore_jax.prepare --config=configs/stage2.py [--show N] [--workers N] [--config.KEY=VALUE ...]
+    python -m mmcore_jax.prepare --index webdataset 'data/pairs/*.tar'
+    python -m mmcore_jax.prepare --config=configs/stage2.py [--show N] [--output DIR --shards N]
 
-The second reads every example once as training would, keeps the index that training plans its rows by, and prints a
-report.
+The second makes it possible to read tars at random. The third does that too, reads every example once as training
+would, keeps the lengths that training plans its rows by, prints a report, and with `--output` writes native shards.
 """
 
 import argparse
@@ -12,53 +13,75 @@ import pathlib
 from collections.abc import Sequence
 
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import Config, UserError, door
+from mmcore_jax.config import Config, JsonLines, UserError, WebDataset, door
 from mmcore_jax.data import openmoji, scan, survey
 from mmcore_jax.data.reader import Reader
+from mmcore_jax.data.sources import index, native
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.progress import progress
 
 _PAGE_SIDE = 256  # pixels that an image takes on the contact sheet, at least
+_INDEXED = {"webdataset": WebDataset, "json_lines": JsonLines}
 
 
 @door
 def main(argv: Sequence[str]) -> None:
-    """Reads the command line, builds or surveys, prints what there is."""
+    """Reads the command line, builds, indexes or surveys, prints what there is."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    if overrides and not arguments.config:
+        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+    for name in ("size", "workers", "shards"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}, expected at least 1.")
+    if arguments.config:
+        _survey(config_lib.load(arguments.config, overrides), arguments)
+    elif arguments.index:
+        _index(*arguments.index, arguments.workers)
+    else:
+        _build(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.prepare", description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--dataset", choices=["openmoji"], default="openmoji", help="what to build (default: %(default)s)"
-    )
-    what.add_argument("--config", metavar="FILE[:RECIPE]", help="whose sources to index and to report on")
-    parser.add_argument("--output", default="data/openmoji", metavar="DIR", help="of --dataset (default: %(default)s)")
+    what.add_argument("--dataset", choices=["openmoji"], default="openmoji", help="builds it (default: %(default)s)")
+    what.add_argument("--index", nargs=2, metavar=("KIND", "SHARDS"), help=f"indexes shards of {', '.join(_INDEXED)}")
+    what.add_argument("--config", metavar="FILE[:RECIPE]", help="reports on its sources, and indexes them")
+    parser.add_argument("--output", metavar="DIR", help="where to write the dataset, or native shards of the sources")
     parser.add_argument(
-        "--size", type=int, default=64, metavar="PIXELS", help="of --dataset, edge of the images (default: %(default)s)"
+        "--shards", type=int, default=1, metavar="N", help="of a source in --output (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one)")
+    parser.add_argument(
+        "--size", type=int, default=64, metavar="PIXELS", help="edge of the images of --dataset (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="draws N examples of each source as it is seen"
     )
     parser.add_argument(
         "--sheet", type=pathlib.Path, default="examples.png", metavar="PNG", help="where to (default: %(default)s)"
     )
-    arguments, overrides = parser.parse_known_args(argv)
-    if arguments.config:
-        _survey(config_lib.load(arguments.config, overrides), arguments)
-    elif overrides:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    else:
-        _build(arguments)
+    return parser
+
+
+def _index(kind: str, shards: str, workers: int) -> None:
+    if kind not in _INDEXED:
+        raise UserError(f"--index {kind}: shards of {' or '.join(_INDEXED)} need an index, others do not.")
+    extra = {"images": "."} if kind == "json_lines" else {}
+    settings = _INDEXED[kind](kind=kind, shards=shards, weight=1.0, **extra)
+    print(f"{index.build_indexes(kind, settings, progress, workers)} shards indexed.")
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    if arguments.size < 1:
-        raise UserError(f"--size is {arguments.size}: an image needs at least one pixel.")
-    done = openmoji.build(arguments.output, arguments.size, progress)
-    print(f"{arguments.output} is ready." if done else f"{arguments.output} was already prepared; nothing to do.")
-    _print_counts(openmoji.load_metadata(arguments.output))
+    output = arguments.output or f"data/{arguments.dataset}"
+    done = openmoji.build(output, arguments.size, progress)
+    print(f"{output} is ready." if done else f"{output} was already prepared; nothing to do.")
+    _print_counts(openmoji.load_metadata(output))
 
 
 def _survey(config: Config, arguments: argparse.Namespace) -> None:
+    for name, source in config.data.sources.items():
+        index.build_indexes(name, source, progress, arguments.workers)
     reader = Reader(config)
     scans = [scan.load(config, reader, number, progress, arguments.workers) for number in range(len(reader.sources))]
     for number, source in enumerate(reader.sources):
@@ -69,13 +92,19 @@ def _survey(config: Config, arguments: argparse.Namespace) -> None:
         print("\nshare of each budget that is used:", *(f"{name} {share:.1%}" for name, share in used), sep="\n  ")
     if arguments.show:
         _show(reader, scans, arguments.show, arguments.sheet)
+    if arguments.output:
+        for source in reader.sources:
+            made = native.convert(source, arguments.output, arguments.shards, progress, arguments.workers)
+            print(
+                f"{arguments.output}: {made.examples:,} examples of {source.name}, {sum(made.bad.values()):,} left out"
+            )
 
 
 def _show(reader: Reader, scans: list[scan.Scan], count: int, path: pathlib.Path) -> None:
     rows = []
     for number, indices in enumerate(found.usable for found in scans):
-        for index in indices[:: max(1, len(indices) // count)][:count]:
-            rows.append(survey.view(reader.prepare(number, int(index)), reader.tokenizer))
+        for chosen in indices[:: max(1, len(indices) // count)][:count]:
+            rows.append(survey.view(reader.prepare(number, int(chosen)), reader.tokenizer))
     largest = max(max(image.shape) for row in rows for image, _ in row)
     sheet(rows, max(1, _PAGE_SIDE // largest)).save(path)
     print(f"{path}: {len(rows)} examples")

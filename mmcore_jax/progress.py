@@ -2,11 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 5.0
+
+Progress = Callable[[Iterable, int, str], Iterable]
+"""What `progress` is to those that are given it: `(items, total, label)` to the same items."""
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterable:

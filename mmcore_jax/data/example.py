@@ -31,7 +31,7 @@ class Example(TypedDict):
 
 
 class BadExample(ValueError):
-    """A record that cannot be used. The message is the reason under which it is counted."""
+    """A record that cannot be used. The message is the reason under which it is counted, and so the same for many."""
 
 
 def text(content: str, speaker: str = "user") -> Text:
@@ -61,11 +61,11 @@ def validate(example: Any) -> Example:
         raise BadExample("no segments")
     for segment in example["segments"]:
         kind = segment.get("type") if isinstance(segment, dict) else None
-        if kind not in _TYPES:
-            raise BadExample(f"unknown segment type {kind!r}")
+        if not isinstance(kind, str) or kind not in _TYPES:
+            raise BadExample("unknown segment type")
         _require(segment, _TYPES[kind], f"{kind} segment")
         if kind == "text" and segment["speaker"] not in ("user", "assistant"):
-            raise BadExample(f"unknown speaker {segment['speaker']!r}")
+            raise BadExample("unknown speaker")
         if kind == "text" and not segment["text"].strip():
             raise BadExample("empty text")
         if kind == "image" and not segment["image"]:
@@ -76,9 +76,12 @@ def validate(example: Any) -> Example:
 
 
 def _require(record: Any, types: dict[str, type], what: str) -> None:
-    if not isinstance(record, dict) or set(record) != set(types):
-        keys = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise BadExample(f"{what} holds {keys}, expected {sorted(types)}")
+    if not isinstance(record, dict):
+        raise BadExample(f"{what} is {type(record).__name__}, expected a map")
+    if missing := sorted(set(types) - set(record)):
+        raise BadExample(f"{what} lacks {', '.join(missing)}")
+    if len(record) > len(types):
+        raise BadExample(f"{what} holds more than {', '.join(types)}")
     for key, expected in types.items():
         if not isinstance(record[key], expected):
             raise BadExample(f"{what}: {key} is {type(record[key]).__name__}, expected {expected.__name__}")
@@ -97,6 +100,8 @@ def decode(record: bytes) -> Example:
     """
     try:
         example = msgpack.unpackb(record)
+    except UnicodeDecodeError as error:
+        raise BadExample("text is not UTF-8") from error
     except ValueError as error:
         raise BadExample(f"not a msgpack record ({type(error).__name__})") from error
     return validate(example)

@@ -34,7 +34,7 @@ import tempfile
 import types
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import msgpack
 import numpy as np
@@ -45,6 +45,7 @@ from mmcore_jax.config import UserError
 from mmcore_jax.data import example as examples_lib
 from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
+from mmcore_jax.progress import Progress
 
 BUILDER_VERSION = 1
 TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
@@ -472,8 +473,6 @@ def _require(module: str) -> types.ModuleType:
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------
-
-Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, label) -> the same items
 
 
 def build(output: str | pathlib.Path, size: int = 64, progress: Progress = lambda items, total, label: items) -> bool:

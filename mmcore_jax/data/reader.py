@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,11 @@ from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Lengths
-from mmcore_jax.data.sources import ShardSource
+from mmcore_jax.data.sources import open_source
 from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.progress import Progress
 
 _CACHE_BYTES = 1 << 30
-
-Progress = Callable[[Iterable, int, str], Iterable]
 
 
 class Prepared(NamedTuple):
@@ -43,7 +42,7 @@ class Reader:
         """
         self._config, self._data = config, config.data
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.sources = [ShardSource(name, source.shards) for name, source in config.data.sources.items()]
+        self.sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
         if config.data.layout == "interleaved":
             self._format = layout.ChatFormat(self.tokenizer)
             self._sizes = layout.geometry(config.model, config.data)
@@ -135,13 +134,13 @@ def over_source(
     number: int,
     progress: Progress,
     label: str,
-    workers: int = 0,
+    workers: int = 1,
 ) -> list:
     """The values, in order, of `function(reader, number, first, last)` over chunks of `size` examples of a source."""
     source = reader.sources[number]
     chunks = [(function, number, first, min(first + size, len(source))) for first in range(0, len(source), size)]
     label = f"{label} {source.name}"
-    if not workers or len(chunks) == 1:
+    if workers < 2 or len(chunks) == 1:
         return list(progress((function(reader, *chunk[1:]) for chunk in chunks), len(chunks), label))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, _open, (config,)) as pool:

@@ -16,7 +16,8 @@ from absl import logging
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.data.reader import Progress, Reader, over_source
+from mmcore_jax.data.reader import Reader, over_source
+from mmcore_jax.progress import Progress
 
 _RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8)])
 _CHUNK = 2048  # records
@@ -43,7 +44,7 @@ class Scan(NamedTuple):
         return dict(zip(self.reasons, counts.tolist()))
 
 
-def load(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 0) -> Scan:
+def load(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 1) -> Scan:
     """The scan of source `number`, made with `workers` processes unless it is there.
 
     Raises:

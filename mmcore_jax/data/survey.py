@@ -14,9 +14,10 @@ from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample, Example, encode
 from mmcore_jax.data.layout import Item
 from mmcore_jax.data.plan import Planner
-from mmcore_jax.data.reader import Prepared, Progress, Reader, over_source
+from mmcore_jax.data.reader import Prepared, Reader, over_source
 from mmcore_jax.data.scan import Scan
 from mmcore_jax.nn.masks import QUERY, TEXT
+from mmcore_jax.progress import Progress
 
 _CHUNK = 256  # examples
 _PLANNED_WINDOWS = 8
@@ -42,7 +43,7 @@ class Survey(NamedTuple):
         return len(self.hashes) - len(set(self.hashes))
 
 
-def survey(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 0) -> Survey:
+def survey(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 1) -> Survey:
     """Reads all of source `number`, with `workers` processes."""
     parts = over_source(_count, _CHUNK, config, reader, number, progress, "reading", workers)
     return sum(parts, _nothing())

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mmcore_jax.config import Config
+from mmcore_jax.config import ArrayRecord, Config, Source
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import openmoji
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.sources import ShardSource
+from mmcore_jax.data.sources import open_source
 from mmcore_jax.evaluation import probes, scores
 from mmcore_jax.evaluation.probes import Run
 from mmcore_jax.evaluation.scores import Score, Scores
 from mmcore_jax.evaluation.sheet import Cell
+from mmcore_jax.progress import Progress
 
 CANDIDATES = 100
 FLOW_EXAMPLES = 32
@@ -31,7 +32,6 @@ VISIBLE = 8  # of 255: a pixel has changed where a channel differs by more
 
 Draw = Callable[[Sequence[Example], str], np.ndarray]  # (requests, pathways) -> uint8 [n, S, S, 3]
 Extract = Callable[[np.ndarray], np.ndarray]  # uint8 [n, S, S, 3] -> float32 [n, D]
-Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, label) -> the same items
 Drawn = dict[tuple[str, str], np.ndarray]  # (set, pathways) -> uint8 [n, S, S, 3]
 Sets = dict[str, dict[str, Score]]
 Sheets = dict[str, list[list[Cell]]]
@@ -74,7 +74,8 @@ class Drawings:
 
     def examples(self, task: str, split: str) -> list[Example]:
         """All examples of a task."""
-        return list(read(task, f"{self._directory}/{task}-{split}-*.array_record"))
+        shards = f"{self._directory}/{task}-{split}-*.array_record"
+        return list(read(task, ArrayRecord(kind="array_record", shards=shards, weight=1.0)))
 
     def decode(self, encoded: Iterable[bytes]) -> np.ndarray:
         """Decodes images, `[n, S, S, 3]`."""
@@ -88,12 +89,12 @@ class Drawings:
 
 def training_examples(config: Config) -> list[Example]:
     """All examples of the sources of a run."""
-    return [example for name, source in config.data.sources.items() for example in read(name, source.shards)]
+    return [example for name, source in config.data.sources.items() for example in read(name, source)]
 
 
-def read(name: str, pattern: str) -> Iterator[Example]:
-    """The examples of shards, without the bad records that training skips too."""
-    source = ShardSource(name, pattern)
+def read(name: str, settings: Source) -> Iterator[Example]:
+    """The examples of a source, without the bad records that training skips too."""
+    source = open_source(name, settings)
     for index in range(len(source)):
         with contextlib.suppress(BadExample):
             yield source[index]

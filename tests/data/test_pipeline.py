@@ -15,7 +15,7 @@ from mmcore_jax import config
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example, text
 from mmcore_jax.data.pipeline import Batches, Ledger
-from mmcore_jax.data.sources import ShardSource
+from mmcore_jax.data.sources import open_source
 from tests.rows import document, png
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,11 +55,15 @@ def data(tmp_path_factory):
     return directory
 
 
+def array_record(shards, weight=1.0):
+    return config.ArrayRecord(kind="array_record", shards=str(shards), weight=weight)
+
+
 def make_config(data, layout="interleaved", limit=0.01, sources=("drawings", "edits"), window=10):
     """The shipped recipe, on this data."""
     shipped = config.load(str(ROOT / f"configs/{'stage0' if layout == 'pairs' else 'stage2'}.py"))
     named = {
-        name: config.Source(str(data / f"{name}-*.array_record"), 3.0 if name == "drawings" else 1.0)
+        name: array_record(data / f"{name}-*.array_record", weight=3.0 if name == "drawings" else 1.0)
         for name in sources
     }
     settings = dataclasses.replace(
@@ -232,4 +236,4 @@ def test_pairs(data):
 def test_an_empty_source_is_refused(tmp_path):
     write(tmp_path / "none-00000-of-00001.array_record", [])
     with pytest.raises(UserError, match="'none' is empty"):
-        ShardSource("none", str(tmp_path / "none-*.array_record"))
+        open_source("none", array_record(tmp_path / "none-*.array_record"))

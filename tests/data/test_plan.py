@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import Source, UserError
+from mmcore_jax.config import ArrayRecord, UserError
 from mmcore_jax.data import layout, scan
 from mmcore_jax.data.plan import Planner, Position
 from tests import tiny
@@ -20,7 +20,8 @@ COUNTS = {"short": 301, "long": 97, "rare": 11}
 def planner(start=None, window=64, **changes):
     """A plan over sources of examples that are a quarter and a half of a row long."""
     shipped = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py"))
-    sources = {"short": Source("", 6.0), "long": Source("", 3.0), "rare": Source("", 1.0)}
+    weights = {"short": 6.0, "long": 3.0, "rare": 1.0}
+    sources = {name: ArrayRecord(kind="array_record", shards="", weight=weight) for name, weight in weights.items()}
     sources = {name: dataclasses.replace(source, **changes.get(name, {})) for name, source in sources.items()}
     data = dataclasses.replace(
         shipped.data, sources=sources, window=window, budgets=config_lib.Budgets(80, 80, 0, 0, 9)
