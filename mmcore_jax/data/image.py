@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import pathlib
 import re
@@ -43,8 +44,9 @@ _UPRIGHT = {
 }
 _SIDEWAYS = tuple(_UPRIGHT[number] for number in (5, 6, 7, 8))
 
-# On odd metadata Pillow warns, once per record. What it cannot decode, it raises.
+# On odd metadata Pillow warns and logs, once per record. What it cannot decode, it raises.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_rgb(encoded: bytes) -> Image.Image:

@@ -363,6 +363,14 @@ def test_reasons_are_the_same_for_every_record(capfd) -> None:
     assert len(reasons) == 1
 
 
+def test_what_pillow_logs_stays_unseen(capfd, caplog) -> None:
+    """Samples per pixel, tag 277, beyond what a TIFF may have."""
+    encoded = encode(RGB, "TIFF")
+    at = encoded.index(struct.pack("<HHIH", 277, 3, 1, 3))
+    refused(encoded[: at + 8] + struct.pack("<H", 1027) + encoded[at + 10 :], capfd)
+    assert not caplog.records
+
+
 def test_pillow_keeps_its_warnings_to_itself() -> None:
     """pytest takes filters back that a module sets when it is imported: so it is imported again, inside the test."""
     spec = importlib.util.spec_from_file_location("image_again", image_lib.__file__)
