@@ -154,6 +154,8 @@ def scale(image: Image.Image, size: int) -> np.ndarray:
 def centre_square(image: Image.Image) -> Image.Image:
     """The largest square in the middle of an image."""
     side = min(image.size)
+    if image.size == (side, side):
+        return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
