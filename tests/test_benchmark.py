@@ -1,5 +1,6 @@
 """The benchmark through its real door, on tiny networks: what it prints, writes, and refuses."""
 
+import importlib.metadata
 import json
 import sys
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from mmcore_jax import benchmark
-from mmcore_jax.benchmarks import networks, timing
+from mmcore_jax.benchmarks import data, networks, timing
+from mmcore_jax.benchmarks.data import DataSizes
 from mmcore_jax.benchmarks.networks import MMDiTSizes, VLMSizes
-from mmcore_jax.benchmarks.timing import COMPILED, EAGER, OURS, Contestant
+from mmcore_jax.benchmarks.timing import CEILING, COMPILED, EAGER, OURS, Contestant
 from mmcore_jax.config import UserError
 from mmcore_jax.diffusion import guidance
 
@@ -22,11 +24,24 @@ TINY = {
     ),
 }
 
+FEW = DataSizes(
+    examples=24,
+    images=6,
+    sides=(32, 40, 64),
+    image_size=32,
+    query_grid=2,
+    rows=2,
+    row_tokens=256,
+    row_images=4,
+    batch=5,
+)
+
 
 @pytest.fixture
 def enter(monkeypatch, capsys):
     """Runs the door on tiny networks and returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(networks, "SIZES", TINY)
+    monkeypatch.setattr(data, "SIZES", FEW)
     monkeypatch.setenv("NPROC", "1")  # what the door sets ends with the test
     threads = torch.get_num_threads()
 
@@ -62,6 +77,24 @@ def test_table_and_json(enter, tmp_path, suite: str, names: list[str]) -> None:
             assert figure in row
 
 
+def test_table_of_the_data_pipeline(enter, tmp_path) -> None:
+    code, out, error = enter("data", "--repeats=2", "--threads=2", f"--json={tmp_path / 'out.json'}")
+    assert code == 0, error
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert (result["examples"], result["workers"], result["difference"]) == (24, 2, 0.0)
+    title, environment, _, *rows = out.splitlines()
+    assert title.startswith("data, 24 examples a pass, 2 workers")
+    assert f"webdataset {importlib.metadata.version('webdataset')}" in environment
+    assert [row.partition("  ")[0] for row in rows] == [OURS, "webdataset", "datasets", CEILING]
+    rates = {name: np.median(24 / np.array(seconds)) for name, seconds in result["seconds"].items()}
+    for row, (name, rate) in zip(rows, rates.items(), strict=True):
+        per_core, ours = (rate, rates[OURS] / 2) if name == CEILING else (rate / 2, rates[OURS] / 2)
+        assert f"{per_core:.1f} [" in row
+        assert f"{ours / per_core:.2f}" in row
+    fullest = {name: used["vlm"] for name, used in result["used"].items()}
+    assert max(fullest["webdataset"], fullest["datasets"]) < 1
+
+
 def another_optimizer(monkeypatch):
     """The first losses agree: only those of later steps see gradients and updates."""
     monkeypatch.setattr(optax, "adamw", lambda rate, *settings, **others: optax.sgd(10 * rate))
@@ -77,9 +110,32 @@ def test_no_ratio_where_the_work_is_not_the_same(enter, monkeypatch, tmp_path, s
     arguments = (suite, "--model=mmdit", "--eager", "--repeats=2", f"--json={tmp_path / 'out.json'}")
     code, out, error = enter(*arguments)
     assert code == 2
-    assert "error: mmdit: ours and the published implementation differ" in error
+    assert "error: mmdit: ours and the others differ" in error
     assert out == ""
     assert not (tmp_path / "out.json").exists()
+
+
+def another_crop(monkeypatch):
+    monkeypatch.setattr(data, "square", lambda image, size: np.asarray(image.resize((size, size))))
+
+
+def a_lost_example(monkeypatch):
+    whole = data.our_batches
+    monkeypatch.setattr(data, "our_batches", lambda config: list(whole(config))[:-1])
+
+
+def other_words(monkeypatch):
+    ask = data.frame
+    monkeypatch.setattr(data, "frame", lambda chat, sizes: (ask(chat, sizes)[0], ask(chat, sizes)[1][:-1]))
+
+
+@pytest.mark.parametrize("broken", [another_crop, a_lost_example, other_words])
+def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> None:
+    broken(monkeypatch)
+    code, out, error = enter("data", "--repeats=1", "--threads=1")
+    assert code == 2
+    assert "error: data: ours and the others differ" in error
+    assert out == ""
 
 
 @pytest.mark.parametrize(
@@ -87,6 +143,9 @@ def test_no_ratio_where_the_work_is_not_the_same(enter, monkeypatch, tmp_path, s
     [
         (["step", "--repeats=0"], ["--repeats", "at least 1"]),
         (["sample", "--model=vlm"], ["sample measures mmdit, not vlm"]),
+        (["data", "--model=vlm"], ["data measures no network, not vlm"]),
+        (["data", "--examples=0"], ["--examples", "at least 1"]),
+        (["step", "--examples=9"], ["--examples is a setting of the suite data"]),
         (["step", "--json=nowhere/out.json"], ["nowhere", "does not exist"]),
     ],
 )
@@ -97,13 +156,14 @@ def test_bad_requests(enter, arguments: list[str], words: list[str]) -> None:
         assert word in error
 
 
-def test_without_pytorch_it_names_the_extra(enter, monkeypatch) -> None:
+@pytest.mark.parametrize(("suite", "missing"), [("step", "torch"), ("data", "webdataset"), ("data", "datasets")])
+def test_without_its_packages_it_names_the_extra(enter, monkeypatch, suite: str, missing: str) -> None:
     real = benchmark.importlib.util.find_spec
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
-    code, _, error = enter("step")
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == missing else real(name))
+    code, _, error = enter(suite)
     assert code == 2
     assert error.startswith("error: ")
-    assert "need torch: pip install 'mmcore_jax[bench]'" in error
+    assert f"needs {missing}: pip install 'mmcore_jax[bench]'" in error
 
 
 # --- Timing -----------------------------------------------------------------------------------------------------------

@@ -8,12 +8,16 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import pathlib
+import re
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+import simplejpeg
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmcore_jax.config import QwenVision, UserError
 from mmcore_jax.data.example import BadExample
@@ -22,40 +26,100 @@ from mmcore_jax.nn.patches import merge_order
 
 PROCESSOR_FILE = "preprocessor_config.json"
 MAXIMUM_PIXELS = 64_000_000
+MAXIMUM_SIDE = 32_768
 MAXIMUM_ASPECT_RATIO = 200
+# Pillow knows dozens more, some of which run other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000")
+# What libjpeg says of the pixels' data; it warns of metadata, too, whose markers are 0xe0 to 0xef and 0xfe.
+_JPEG_DAMAGE = re.compile(r"Premature end|Corrupt JPEG data: (?!bad ICC|\d+ extraneous bytes before marker 0x(e|fe))")
+# By the EXIF tag Orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = tuple(_UPRIGHT[number] for number in (5, 6, 7, 8))
+
+# On odd metadata Pillow warns and logs, once per record. What it cannot decode, it raises.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_rgb(encoded: bytes) -> Image.Image:
-    """Decodes an image, with transparency over white.
+    """Decodes an image, upright, with transparency over white; of an animation, its first frame.
 
     Raises:
-      BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
+      BadExample: if the bytes are no image, a damaged one, or one of more than `MAXIMUM_PIXELS` or `MAXIMUM_SIDE`.
     """
     with _damage():
         image = _open(encoded)
-        image.load()
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        turn = _turn(image)
+        image = _to_rgb(_load(image, encoded))
+    return image.transpose(turn) if turn is not None else image
 
 
 def read_size(encoded: bytes) -> tuple[int, int]:
-    """Height and width of an image, from its header.
+    """Height and width of an image, upright, from its header.
 
     Raises:
-      BadExample: as `open_rgb`.
+      BadExample: as `open_rgb`, as far as the header tells.
     """
     with _damage():
         image = _open(encoded)
-    return image.height, image.width
+        turned = _turn(image) in _SIDEWAYS
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _open(encoded: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
     if image.width * image.height > MAXIMUM_PIXELS:
         raise BadExample("image has too many pixels")
+    if max(image.size) > MAXIMUM_SIDE:
+        raise BadExample("image is too long or too wide")
     return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, by its EXIF. Pillow turns TIFF itself, and damaged EXIF leaves an image as it is."""
+    if "exif" not in image.info or image.format == "TIFF":
+        return None
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def _load(image: Image.Image, encoded: bytes) -> Image.Image:
+    """Decodes, and refuses what Pillow alone lets pass: JPEG with parts missing, PNG with wrong checksums."""
+    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+        try:
+            return Image.fromarray(simplejpeg.decode_jpeg(encoded))
+        except ValueError as error:
+            if _JPEG_DAMAGE.match(str(error)):
+                raise BadExample("image has damaged JPEG data") from error
+    if image.format == "PNG":
+        _open(encoded).verify()
+    image.load()
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadExample("image has values of 32 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -65,6 +129,10 @@ def _damage() -> Iterator[None]:
         yield
     except BadExample:
         raise
+    except UnidentifiedImageError as error:
+        raise BadExample("image is of no known format") from error
+    except Image.DecompressionBombError as error:
+        raise BadExample("image has too many pixels") from error
     except Exception as error:
         raise BadExample(f"image does not decode ({type(error).__name__})") from error
 
@@ -86,6 +154,8 @@ def scale(image: Image.Image, size: int) -> np.ndarray:
 def centre_square(image: Image.Image) -> Image.Image:
     """The largest square in the middle of an image."""
     side = min(image.size)
+    if image.size == (side, side):
+        return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 

@@ -177,7 +177,7 @@ def test_bad_records_are_skipped_and_counted(data):
         ledger.add(batches[step])
         seen += itertools.chain(*batches[step].ids)
     ((source, reason, count),) = ledger.record()["lost"]
-    assert (source, reason) == ("partly", "image does not decode (UnidentifiedImageError)")
+    assert (source, reason) == ("partly", "image is of no known format")
     drawn = ledger.record()["drawn"][0]
     assert drawn == count + len(seen)
     assert set(seen) == {f"drawing-{i}" for i in range(8)}

@@ -1,0 +1,325 @@
+"""Examples a second of our pipeline, beside webdataset and Hugging Face datasets with PyTorch's DataLoader.
+
+All read the same photographs and captions, each from its own kind of shard, decode, crop and resize in as many workers,
+and make batches of pixels and tokens. Ours packs several examples into a row; the others put one into a row and pad it
+to the longest of the batch, and what they make of every example must be what ours makes of it. A pass is timed from
+opening the shards to the last batch. The ceiling is a loop in one process that decodes, crops and resizes the same
+files, held in memory.
+"""
+
+import dataclasses
+import functools
+import io
+import pathlib
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import matplotlib.cbook
+import numpy as np
+import torch
+import webdataset
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.benchmarks.timing import CEILING, OURS, Comparison, Contestant, compare
+from mmcore_jax.config import Config
+from mmcore_jax.data import example as example_lib
+from mmcore_jax.data import image as image_lib
+from mmcore_jax.data.layout import ChatFormat
+from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.text import load_tokenizer, train_tokenizer
+from mmcore_jax.nn import masks
+
+WARMUP = 1
+SHARDS = 4
+STRIDE = 4  # of the pixels that are compared
+LATENT_PATCH = 16
+FULL = dict(vlm=1.0, diffusion=1.0)
+WORDS = """a an the of in on at with and two three small large old new red blue white dark bright wooden woman man cat
+cup table ship window uniform smile flag portrait photograph street morning light shadow beside under behind"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSizes:
+    """`examples` show `images` distinct photographs, the shorter side of each one of `sides` pixels.
+
+    Ours makes batches of `rows` rows, the others of `batch` examples, which is about as many.
+    """
+
+    examples: int = 2000
+    images: int = 48
+    sides: tuple[int, ...] = (512, 640, 768, 1024)
+    image_size: int = 384
+    query_grid: int = 8
+    rows: int = 2
+    row_tokens: int = 2048
+    row_images: int = 18
+    batch: int = 32
+
+
+class Pair(NamedTuple):
+    """A JPEG file, and what to read in it."""
+
+    encoded: bytes
+    caption: str
+
+
+class Batch(NamedTuple):
+    """Examples as (number, uint8 pixels, token ids), and how much of the batch's tokens of each kind is no padding."""
+
+    examples: list[tuple[int, np.ndarray, np.ndarray]]
+    used: dict[str, float]
+
+
+class Throughput(NamedTuple):
+    """What was measured; `used` by contestant, as in its batches."""
+
+    comparison: Comparison
+    examples: int
+    workers: int
+    used: dict[str, dict[str, float]]
+
+    def rates(self, name: str) -> np.ndarray:
+        """Examples a second and core, of every repeat."""
+        cores = 1 if name == CEILING else self.workers
+        return self.examples / cores / np.array(self.comparison.seconds[name])
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return self.comparison.record() | {"examples": self.examples, "workers": self.workers, "used": self.used}
+
+
+def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
+    """Times passes over the examples, which it writes into a temporary directory first."""
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        pairs = make_pairs(sizes)
+        write(directory, pairs)
+        chat = ChatFormat(load_tokenizer(directory / "tokenizer"))
+        before, after = frame(chat, sizes)
+        tokens = [np.array(before + chat.encode(pair.caption) + after) for pair in pairs]
+        config = make_config(directory, sizes, workers, len(chat.tokenizer))
+        # Asked for no batch beyond a pass, the pipeline prepares none.
+        config = dataclasses.replace(config, total_steps=sum(1 for _ in our_batches(config)))
+        used = {}
+
+        def run(name: str, batches: Callable[[], Iterable[Batch]]) -> np.ndarray:
+            used[name], found = digest(batches(), len(pairs))
+            return found
+
+        sources = {OURS: lambda: our_batches(config)}
+        for peer, load in LOADERS.items():
+            sources[peer] = functools.partial(their_batches, load, directory, sizes, workers, chat)
+        sources[CEILING] = lambda: decoded(pairs, tokens, sizes.image_size)
+        contestants = [Contestant(name, functools.partial(run, name, batches)) for name, batches in sources.items()]
+        comparison = compare("data", dataclasses.asdict(sizes), contestants, WARMUP, repeats, tolerance=0.0)
+    return Throughput(comparison, len(pairs), workers, used)
+
+
+def digest(batches: Iterable[Batch], count: int) -> tuple[dict[str, float], np.ndarray]:
+    """Checksums `[count, 2]` of the pixels and tokens of every example, not a number where one is missing."""
+    found, shares = np.full((count, 2), np.nan), []
+    for batch in batches:
+        shares.append(batch.used)
+        for number, pixels, ids in batch.examples:
+            thinned = np.ascontiguousarray(pixels[::STRIDE, ::STRIDE])
+            found[number] = zlib.crc32(thinned), zlib.crc32(np.asarray(ids, np.int32))
+    return {kind: float(np.mean([share[kind] for share in shares])) for kind in shares[0]}, found
+
+
+# --- The examples -----------------------------------------------------------------------------------------------------
+
+
+def make_pairs(sizes: DataSizes) -> list[Pair]:
+    """Photographs cropped, resized and encoded anew, and captions whose lengths vary as those of people do."""
+    rng = np.random.default_rng(0)
+    files = [photograph(rng, int(side)) for side in rng.choice(sizes.sides, sizes.images)]
+    lengths = np.clip(rng.lognormal(3.0, 0.7, sizes.examples), 3, 150).astype(int)
+    return [
+        Pair(files[n % len(files)], " ".join(rng.choice(WORDS.split(), length))) for n, length in enumerate(lengths)
+    ]
+
+
+def photograph(rng: np.random.Generator, side: int) -> bytes:
+    """A JPEG of quality 90, its shorter side of `side` pixels."""
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        image = Image.open(file).convert("RGB")
+    height, width = side, int(side * rng.choice([1, 4 / 3, 3 / 2]))
+    if rng.random() < 0.5:
+        height, width = width, height
+    scale = rng.uniform(0.8, 1.0) * min(image.width / width, image.height / height)
+    left, top = (rng.uniform(0, whole - scale * part) for whole, part in zip(image.size, (width, height)))
+    box = (left, top, left + scale * width, top + scale * height)
+    buffer = io.BytesIO()
+    image.resize((width, height), Image.Resampling.LANCZOS, box).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write(directory: pathlib.Path, pairs: list[Pair]) -> None:
+    """Writes a tokenizer, and the same shards as ArrayRecord, tar and parquet."""
+    train_tokenizer((pair.caption for pair in pairs), 512, directory / "tokenizer")
+    for shard in range(SHARDS):
+        chosen = {number: pairs[number] for number in range(shard, len(pairs), SHARDS)}
+        native = ArrayRecordWriter(str(directory / f"{shard}.array_record"), "group_size:1")
+        with webdataset.TarWriter(str(directory / f"{shard}.tar")) as tar:
+            for number, (encoded, caption) in chosen.items():
+                segments = [example_lib.text(caption), example_lib.image(encoded, generate=True)]
+                native.write(example_lib.encode({"id": str(number), "task": "benchmark", "segments": segments}))
+                tar.write({"__key__": str(number), "jpg": encoded, "txt": caption})
+        native.close()
+        table = dict(
+            number=list(chosen),
+            image=[{"bytes": pair.encoded, "path": None} for pair in chosen.values()],
+            caption=[pair.caption for pair in chosen.values()],
+        )
+        features = datasets.Features(
+            number=datasets.Value("int64"), image=datasets.Image(), caption=datasets.Value("string")
+        )
+        datasets.Dataset.from_dict(table, features).to_parquet(directory / f"{shard}.parquet")
+
+
+# --- Contestants ------------------------------------------------------------------------------------------------------
+
+
+def our_batches(config: Config) -> Iterator[Batch]:
+    """A pass of the pipeline: the batches until every example has come."""
+    batches, seen = Batches(config), set()
+    for batch in batches.iterate(0):
+        tokens, diffusion, pixels = batch.arrays.tokens, batch.arrays.diffusion, batch.arrays.images.pixels
+        taken = tokens.meta.kind != masks.PAD
+        examples = []
+        for row, names in enumerate(batch.ids):
+            for document, name in enumerate(names):
+                ids = tokens.ids[row, taken[row] & (tokens.meta.document[row] == document)]
+                examples.append((int(name), pixels[row, document], ids))
+        yield Batch(examples, dict(vlm=taken.mean(), diffusion=np.mean(diffusion.latent_meta.kind != masks.PAD)))
+        seen.update(number for number, *_ in examples)
+        if len(seen) == config.data.window:
+            return
+
+
+def their_batches(
+    load: Callable[..., Iterable], directory: pathlib.Path, sizes: DataSizes, workers: int, chat: ChatFormat
+) -> Iterator[Batch]:
+    """A pass of a DataLoader; each row has the words of the chat format and the queries around its caption."""
+    before, after = frame(chat, sizes)
+    for batch in load(directory, sizes, workers, load_tokenizer(directory / "tokenizer")):
+        valid = batch["valid"].numpy().astype(bool)
+        examples = [
+            (int(number), pixels, np.concatenate([before, ids[kept], after]))
+            for number, pixels, ids, kept in zip(batch["number"], batch["pixels"].numpy(), batch["ids"].numpy(), valid)
+        ]
+        around = len(before) + len(after)
+        yield Batch(examples, dict(vlm=(valid.sum(axis=1) + around).mean() / (valid.shape[1] + around), diffusion=1.0))
+
+
+def decoded(pairs: list[Pair], tokens: list[np.ndarray], size: int) -> Iterator[Batch]:
+    """Our decoder alone, beside tokens that are there already."""
+    for number, (pair, ids) in enumerate(zip(pairs, tokens)):
+        yield Batch([(number, image_lib.decode(pair.encoded, size), ids)], FULL)
+
+
+def frame(chat: ChatFormat, sizes: DataSizes) -> tuple[list[int], list[int]]:
+    """What the chat format puts before a caption, and after it, with the queries of the image to draw."""
+    queries = [chat.vision_start, *[chat.image_pad] * sizes.query_grid**2, chat.vision_end]
+    return chat.preamble + chat.open["user"], chat.close + chat.open["assistant"] + queries
+
+
+def make_config(directory: pathlib.Path, sizes: DataSizes, workers: int, vocabulary: int) -> Config:
+    """Text-to-image, as stage 2 has it; of the networks, only what the pipeline asks about matters."""
+    side, images = sizes.image_size // LATENT_PATCH, sizes.row_images
+    vision = config_lib.QwenVision(8, 1, 1, 8, patch_size=14, merge_size=2, window_size=112, full_attention_blocks=())
+    vlm = config_lib.QwenVL(8, 1, 1, 8, vocabulary, 1, (1, 1, 2), 1e6, 1e-6, True, vision)
+    dit = config_lib.MMDiT(8, 1, 1, 0, True, LATENT_PATCH, 3, 8, 0, "rotary", side, side, 1.0, "velocity")
+    shards = str(directory / "*.array_record")
+    source = config_lib.ArrayRecord(kind="array_record", shards=shards, weight=1.0)
+    return Config(
+        stage="benchmark",
+        recipe="data",
+        seed=0,
+        total_steps=sizes.examples,
+        batch_size=sizes.rows,
+        model=config_lib.Model(vlm, config_lib.Queries(sizes.query_grid), None, None, dit, config_lib.Pixels("pixel")),
+        init={},
+        data=config_lib.Data(
+            layout="interleaved",
+            sources={"photographs": source},
+            tokenizer=str(directory / "tokenizer"),
+            image_size=sizes.image_size,
+            vlm_pixels=(28 * 28, 28 * 28),
+            budgets=config_lib.Budgets(
+                vlm_tokens=sizes.row_tokens,
+                vision_patches=0,
+                context_tokens=sizes.row_tokens,
+                latent_tokens=images * side**2,
+                images=images,
+            ),
+            window=sizes.examples,
+            index=str(directory / "index"),
+            workers=workers,
+            threads=1,
+            bad_record_limit=0.0,
+        ),
+        objectives=config_lib.Objectives(None, None, None, None),
+        **dict.fromkeys(("tuning", "optimizer", "sampling", "checkpoint", "telemetry", "mesh", "execution")),
+    )
+
+
+# --- The others, as their users write them ----------------------------------------------------------------------------
+
+
+def webdataset_loader(directory: pathlib.Path, sizes: DataSizes, workers: int, tokenizer: Any) -> Iterable[dict]:
+    """webdataset: workers read shards of their own, decode, and collate."""
+    shards = sorted(map(str, directory.glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=False)
+        .decode("pil")
+        .to_tuple("__key__", "jpg", "txt")
+        .map_tuple(int, functools.partial(square, size=sizes.image_size), str)
+        .batched(sizes.batch)
+        .map(functools.partial(collate, tokenizer))
+    )
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def datasets_loader(directory: pathlib.Path, sizes: DataSizes, workers: int, tokenizer: Any) -> Iterable[dict]:
+    """Hugging Face datasets: random access into Arrow files made of the parquet files once, with a transform."""
+    shards = sorted(map(str, directory.glob("*.parquet")))
+    dataset = datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=str(directory / "arrow"))
+    dataset.set_transform(functools.partial(transform, size=sizes.image_size))
+    return torch.utils.data.DataLoader(
+        dataset, sizes.batch, num_workers=workers, collate_fn=functools.partial(collate_rows, tokenizer)
+    )
+
+
+def transform(rows: dict[str, list], size: int) -> dict[str, list]:
+    return rows | {"image": [square(image.convert("RGB"), size) for image in rows["image"]]}
+
+
+def collate_rows(tokenizer: Any, rows: list[dict]) -> dict[str, torch.Tensor]:
+    return collate(tokenizer, [[row[name] for row in rows] for name in ("number", "image", "caption")])
+
+
+def collate(tokenizer: Any, columns: Any) -> dict[str, torch.Tensor]:
+    """Stacks the images and pads the captions of a batch."""
+    numbers, images, captions = columns
+    tokens = tokenizer(list(captions), add_special_tokens=False, padding=True, return_tensors="pt")
+    pixels = torch.from_numpy(np.stack(images))
+    return dict(number=torch.tensor(numbers), pixels=pixels, ids=tokens.input_ids, valid=tokens.attention_mask)
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The square in the middle, resized by area where its side is a multiple of `size`, else bicubically."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    resample = Image.Resampling.BICUBIC if side % size else Image.Resampling.BOX
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), resample))
+
+
+LOADERS = {"webdataset": webdataset_loader, "datasets": datasets_loader}
+SIZES = DataSizes()
