@@ -194,7 +194,9 @@ def test_too_many_bad_records_stop_the_run(data):
     batches = Batches(settings)
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, bad_record_limit=0.05))
     ledger = Ledger(settings)
-    with pytest.raises(UserError, match=r"'partly' has . bad records of .*allows; most often .*image does not decode"):
+    with pytest.raises(
+        UserError, match=r"'partly' has . bad records of .*allows; most often .*image is of no known format"
+    ):
         list(map(ledger.add, batches))
 
 
