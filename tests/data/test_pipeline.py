@@ -122,6 +122,25 @@ def test_the_order_does_not_depend_on_the_number_of_processes(data, expected, pr
         assert list(itertools.chain(*(one.ids for one in slices))) == expected[step].ids
 
 
+def test_200_steps_on_other_numbers_of_hosts(data):
+    """The same examples in the same rows, also where a run stops and goes on with another number of hosts."""
+    steps, rows = 200, 8
+    settings = dataclasses.replace(make_config(data), total_steps=steps, batch_size=rows)
+    whole = [(batch.ids, batch.position) for batch in Batches(settings)]
+    expected = [ids for ids, _ in whole]
+    for hosts in (2, 4, 8):
+        parts = [Batches(settings, index, hosts) for index in range(hosts)]
+        assert [global_ids(parts, step) for step in range(steps)] == expected
+    step = int(np.random.default_rng(0).integers(steps))
+    parts = [Batches(settings, index, 4, whole[step - 1][1]) for index in range(4)]
+    assert [global_ids(parts, later) for later in range(step, steps)] == expected[step:]
+
+
+def global_ids(parts, step):
+    """What stands in the rows of a global batch, from those of the processes."""
+    return [*itertools.chain(*(part[step].ids for part in parts))]
+
+
 def test_any_step_without_replay(data, expected):
     fresh = Batches(make_config(data))
     for step in (9, 3, 11, 0):
