@@ -81,8 +81,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.model not in ("all", *NETWORKS[arguments.suite]):
         known = " and ".join(NETWORKS[arguments.suite]) or "no network"
         raise UserError(f"{arguments.suite} measures {known}, not {arguments.model}.")
-    if arguments.examples is not None and (arguments.suite != "data" or arguments.examples < 1):
-        raise UserError("--examples is a setting of the suite data, and must be at least 1.")
+    if arguments.examples is not None and (arguments.suite != "data" or arguments.examples < arguments.threads):
+        raise UserError("--examples is a setting of the suite data, and must be at least --threads, one for each.")
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: the directory {arguments.json.parent} does not exist.")
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +19,7 @@ from mmcore_jax.benchmarks.timing import CEILING, COMPILED, EAGER, OURS, Contest
 from mmcore_jax.config import UserError
 from mmcore_jax.diffusion import guidance
 
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
     "mmdit": MMDiTSizes(width=64, depth=2, side=4, context=5, context_width=16, pooled_width=8, batch=2),
     "vlm": VLMSizes(
@@ -77,22 +80,24 @@ def test_table_and_json(enter, tmp_path, suite: str, names: list[str]) -> None:
             assert figure in row
 
 
-def test_table_of_the_data_pipeline(enter, tmp_path) -> None:
-    code, out, error = enter("data", "--repeats=2", "--threads=2", f"--json={tmp_path / 'out.json'}")
-    assert code == 0, error
+def test_table_of_the_data_pipeline(tmp_path) -> None:
+    """In a process of its own, which workers can be forked from: JAX has not started its threads in it."""
+    command = [sys.executable, "-m", "mmcore_jax.benchmark", "data", "--examples=20", "--repeats=2", "--threads=2"]
+    ran = subprocess.run([*command, f"--json={tmp_path / 'out.json'}"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert "Warning" not in ran.stderr
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert (result["examples"], result["workers"], result["difference"]) == (24, 2, 0.0)
-    title, environment, _, *rows = out.splitlines()
-    assert title.startswith("data, 24 examples a pass, 2 workers")
+    assert (result["examples"], result["workers"], result["difference"]) == (20, 2, 0.0)
+    title, environment, _, *rows = ran.stdout.splitlines()
+    assert title.startswith("data, 20 examples a pass, 2 workers")
     assert f"webdataset {importlib.metadata.version('webdataset')}" in environment
     assert [row.partition("  ")[0] for row in rows] == [OURS, "webdataset", "datasets", CEILING]
-    rates = {name: np.median(24 / np.array(seconds)) for name, seconds in result["seconds"].items()}
+    seconds = {name: np.array(times) for name, times in result["seconds"].items()}
+    rates = {name: np.median(20 / times) / (1 if name == CEILING else 2) for name, times in seconds.items()}
     for row, (name, rate) in zip(rows, rates.items(), strict=True):
-        per_core, ours = (rate, rates[OURS] / 2) if name == CEILING else (rate / 2, rates[OURS] / 2)
-        assert f"{per_core:.1f} [" in row
-        assert f"{ours / per_core:.2f}" in row
-    fullest = {name: used["vlm"] for name, used in result["used"].items()}
-    assert max(fullest["webdataset"], fullest["datasets"]) < 1
+        assert f"{rate:.1f} [" in row
+        assert f"{rates[OURS] / rate:.2f}" in row
+        assert name == CEILING or f"{result['used'][name]['vlm']:.1%}" in row
 
 
 def another_optimizer(monkeypatch):
@@ -131,6 +136,9 @@ def other_words(monkeypatch):
 
 @pytest.mark.parametrize("broken", [another_crop, a_lost_example, other_words])
 def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> None:
+    loader = torch.utils.data.DataLoader
+    here = {"num_workers": 0}  # JAX may have started threads: nothing is forked
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *given, **named: loader(*given, **named | here))
     broken(monkeypatch)
     code, out, error = enter("data", "--repeats=1", "--threads=1")
     assert code == 2
@@ -144,7 +152,7 @@ def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> 
         (["step", "--repeats=0"], ["--repeats", "at least 1"]),
         (["sample", "--model=vlm"], ["sample measures mmdit, not vlm"]),
         (["data", "--model=vlm"], ["data measures no network, not vlm"]),
-        (["data", "--examples=0"], ["--examples", "at least 1"]),
+        (["data", "--examples=0"], ["--examples", "at least --threads"]),
         (["step", "--examples=9"], ["--examples is a setting of the suite data"]),
         (["step", "--json=nowhere/out.json"], ["nowhere", "does not exist"]),
     ],
@@ -197,7 +205,8 @@ def test_the_ratio_is_to_the_faster_one() -> None:
 def test_without_a_compiler_the_column_says_why() -> None:
     found = timing.compare("x", {}, contestants([], COMPILED), warmup=1, repeats=1, tolerance=0.1)
     assert found.unavailable == {COMPILED: "no C++ compiler was found"}
-    assert "not available: no C++ compiler was found" in benchmark.table("step", {}, [found])
+    _, (_, cells) = benchmark.network_table("step", [found])
+    assert "not available: no C++ compiler was found" in cells
 
 
 @pytest.mark.parametrize("wrong", [0.2, np.nan])

@@ -35,7 +35,6 @@ from mmcore_jax.data.text import load_tokenizer, train_tokenizer
 from mmcore_jax.nn import masks
 
 WARMUP = 1
-SHARDS = 4
 STRIDE = 4  # of the pixels that are compared
 LATENT_PATCH = 16
 FULL = dict(vlm=1.0, diffusion=1.0)
@@ -99,7 +98,7 @@ def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         pairs = make_pairs(sizes)
-        write(directory, pairs)
+        write(directory, pairs, workers)
         chat = ChatFormat(load_tokenizer(directory / "tokenizer"))
         before, after = frame(chat, sizes)
         tokens = [np.array(before + chat.encode(pair.caption) + after) for pair in pairs]
@@ -160,11 +159,11 @@ def photograph(rng: np.random.Generator, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def write(directory: pathlib.Path, pairs: list[Pair]) -> None:
+def write(directory: pathlib.Path, pairs: list[Pair], shards: int) -> None:
     """Writes a tokenizer, and the same shards as ArrayRecord, tar and parquet."""
     train_tokenizer((pair.caption for pair in pairs), 512, directory / "tokenizer")
-    for shard in range(SHARDS):
-        chosen = {number: pairs[number] for number in range(shard, len(pairs), SHARDS)}
+    for shard in range(shards):
+        chosen = {number: pairs[number] for number in range(shard, len(pairs), shards)}
         native = ArrayRecordWriter(str(directory / f"{shard}.array_record"), "group_size:1")
         with webdataset.TarWriter(str(directory / f"{shard}.tar")) as tar:
             for number, (encoded, caption) in chosen.items():

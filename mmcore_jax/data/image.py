@@ -95,9 +95,12 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _load(image: Image.Image, encoded: bytes) -> Image.Image:
     """Decodes, and refuses what Pillow alone lets pass: JPEG with parts missing, PNG with wrong checksums."""
-    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+    if image.format in ("JPEG", "MPO"):
         try:
-            return Image.fromarray(simplejpeg.decode_jpeg(encoded))
+            if image.mode != "CMYK":
+                return Image.fromarray(simplejpeg.decode_jpeg(encoded))
+            inks = 255 - simplejpeg.decode_jpeg(encoded, "CMYK")  # Adobe's, which are written inverted
+            return Image.frombytes("CMYK", image.size, inks.tobytes())
         except ValueError as error:
             if _JPEG_DAMAGE.match(str(error)):
                 raise BadExample("image has damaged JPEG data") from error
@@ -130,7 +133,7 @@ def _damage() -> Iterator[None]:
     except BadExample:
         raise
     except UnidentifiedImageError as error:
-        raise BadExample("image is of no known format") from error
+        raise BadExample("image has no header of a known format") from error
     except Image.DecompressionBombError as error:
         raise BadExample("image has too many pixels") from error
     except Exception as error:

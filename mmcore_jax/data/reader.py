@@ -73,7 +73,11 @@ class Reader:
             encoded, _ = self._pair(example)
             image_lib.read_size(encoded)
             return Lengths(0, 0, 0, 0, 1)
-        return layout.lengths(self._fit(example, self._policies[source])[0], self._sizes)
+        item, _ = self._fit(example, self._policies[source])
+        for frame in item.frames:
+            if frame.size is None:  # of the others it follows from the header
+                image_lib.read_size(frame.encoded)
+        return layout.lengths(item, self._sizes)
 
     def prepare(self, source: int, index: int) -> Prepared:
         """Reads, checks, tokenises and decodes an example; raises `BadExample`."""

@@ -111,10 +111,20 @@ def test_jpeg_pixels_are_pillows(subsampling: int, progressive: bool, grey: bool
         np.testing.assert_array_equal(opened(encoded + b"and more"), expected)
 
 
-def test_jpeg_that_holds_red_green_blue() -> None:
-    encoded = jpeg(PHOTOGRAPH, keep_rgb=True)
-    np.testing.assert_array_equal(opened(encoded), np.asarray(Image.open(io.BytesIO(encoded))))
-    assert np.abs(opened(encoded).astype(int) - np.asarray(PHOTOGRAPH)).mean() < 3
+RARE = {
+    "red, green and blue": jpeg(PHOTOGRAPH, keep_rgb=True),
+    "inks": jpeg(PHOTOGRAPH.convert("CMYK")),
+    "two pictures, as some telephones write": encode(
+        PHOTOGRAPH, "MPO", save_all=True, append_images=[Image.new("RGB", PHOTOGRAPH.size)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_kinds_of_jpeg(name: str) -> None:
+    expected = np.asarray(Image.open(io.BytesIO(RARE[name])).convert("RGB"))
+    np.testing.assert_array_equal(opened(RARE[name]), expected)
+    assert np.abs(expected.astype(int) - np.asarray(PHOTOGRAPH)).mean() < 3
 
 
 GREY = PIXELS[..., 0]
@@ -226,7 +236,7 @@ def test_four_inks_as_luminance_and_chrominance() -> None:
 
 # --- Bad files --------------------------------------------------------------------------------------------------------
 
-UNKNOWN = "image is of no known format"
+UNKNOWN = "image has no header of a known format"
 LARGE = "image has too many pixels"
 LONG = "image is too long or too wide"
 
@@ -307,7 +317,7 @@ def test_truncated(name: str, share: float, capfd) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("name", ["JPEG", "JPEG, progressive", "JPEG, grey"])
+@pytest.mark.parametrize("name", ["JPEG", "JPEG, progressive", "JPEG, grey", "JPEG, inks"])
 def test_half_a_jpeg_is_no_half_grey_picture(name: str, share: float, capfd) -> None:
     """Where an end marker follows what is left, or zeros up to the file's length, Pillow sees nothing."""
     encoded = WHOLE[name]

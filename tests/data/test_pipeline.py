@@ -46,10 +46,11 @@ def data(tmp_path_factory):
     write(directory / "drawings-00000-of-00002.array_record", encoded[:7])
     write(directory / "drawings-00001-of-00002.array_record", encoded[7:])
     write(directory / "edits-00000-of-00001.array_record", [example.encode(one) for one in edits(7)])
-    damaged = document("damaged", "red", -1)
-    damaged["segments"][1]["image"] = png(1)[:40]
-    endless = document("endless", "red " * 200, -1)
-    records = [*encoded[:8], b"\xc1", example.encode(damaged), example.encode(endless)]
+    headless, cut, endless = (document(name, "red", -1) for name in ("headless", "cut", "endless"))
+    headless["segments"][1]["image"] = png(1)[:20]
+    cut["segments"][1]["image"] = png(1)[:-30]
+    endless["segments"][0]["text"] = "red " * 200
+    records = [*encoded[:8], b"\xc1", *map(example.encode, (headless, cut, endless))]
     write(directory / "partly-00000-of-00001.array_record", records)
     text.train_tokenizer([" ".join(WORDS), "make it red", "user\n", "assistant\n"], 300, directory / "tokenizer")
     return directory
@@ -183,12 +184,13 @@ def test_seeds_differ(data, expected):
 
 
 def test_bad_records_are_skipped_and_counted(data):
-    """What the scan finds is not drawn; the damaged image is found when it is read, and shifts no other example."""
+    """What the scan finds is not drawn; the image that is cut is found when it is read, and shifts no other example."""
     settings = make_config(data, limit=0.5, sources=("partly",))
     batches = Batches(settings)
     (scan,) = batches.scans
     assert scan.bad == {
         "not a msgpack record (FormatError)": 1,
+        "image has no header of a known format": 1,
         "more vlm tokens than config.data.budgets.vlm_tokens 80": 1,
     }
     ledger, seen = Ledger(settings), []
@@ -196,7 +198,7 @@ def test_bad_records_are_skipped_and_counted(data):
         ledger.add(batches[step])
         seen += itertools.chain(*batches[step].ids)
     ((source, reason, count),) = ledger.record()["lost"]
-    assert (source, reason) == ("partly", "image is of no known format")
+    assert (source, reason) == ("partly", "image does not decode (SyntaxError)")
     drawn = ledger.record()["drawn"][0]
     assert drawn == count + len(seen)
     assert set(seen) == {f"drawing-{i}" for i in range(8)}
@@ -206,7 +208,7 @@ def test_bad_records_are_skipped_and_counted(data):
 
 def test_too_many_bad_records_stop_the_run(data):
     with pytest.raises(
-        UserError, match=r"'partly' has 2 bad records of 11, more than config.data.bad_record_limit 0.1 allows"
+        UserError, match=r"'partly' has 3 bad records of 12, more than config.data.bad_record_limit 0.1 allows"
     ):
         Batches(make_config(data, limit=0.1, sources=("partly",)))
     settings = make_config(data, limit=0.5, sources=("partly",))
@@ -214,7 +216,7 @@ def test_too_many_bad_records_stop_the_run(data):
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, bad_record_limit=0.05))
     ledger = Ledger(settings)
     with pytest.raises(
-        UserError, match=r"'partly' has . bad records of .*allows; most often .*image is of no known format"
+        UserError, match=r"'partly' has . bad records of .*allows; most often .*image"
     ):
         list(map(ledger.add, batches))
 

@@ -33,7 +33,7 @@ def test_a_scan_is_kept(config, tmp_path, monkeypatch):
     kept = load(config)
     np.testing.assert_array_equal(made.table, kept.table)
     assert (made.reasons, made.bad) == (kept.reasons, kept.bad)
-    assert kept.usable.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert kept.usable.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]
     assert len(list((tmp_path / "index").iterdir())) == 2
 
 

@@ -97,7 +97,7 @@ def broken_continuation(kind: bytes) -> bytes:
 
 MISSING = "column 'png' is missing"
 TORN = "tar header is damaged"
-DECODE, UNKNOWN = "image does not decode ({})", "image is of no known format"
+DECODE, UNKNOWN = "image does not decode ({})", "image has no header of a known format"
 TAR = {
     "good": (BASE, IDS),
     "member missing": (pairs_tar(pair(BAD)[0]), with_bad(MISSING)),
