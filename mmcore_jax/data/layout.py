@@ -7,6 +7,7 @@ of a row, N query tokens, C context tokens, T latent tokens.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -402,33 +403,38 @@ def exceeded(taken: Lengths, budgets: Budgets) -> str | None:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
+_STEEPNESS = 8.0
+
+
 def plan(taken: np.ndarray, budgets: Budgets, rng: np.random.Generator) -> list[list[int]]:
     """Packs items of lengths `taken` `[n, 5]` into rows, and returns the rows shuffled.
 
-    A row begins with the largest item left, and is filled with the items that most resemble what it still has room for:
-    the dot-product heuristic of vector bin packing (Panigrahy et al. 2011), each budget weighted by the demand for it.
+    As few rows as the budgets allow are opened at once, and each item, the largest first, goes where the sum over
+    budgets of exp(steepness * share used) grows least: so all rows fill evenly in all budgets. If an item then fits
+    nowhere, it is tried again with a few more rows.
     """
     limits = np.maximum(np.array(dataclasses.astuple(budgets)), 1)
     sizes = np.asarray(taken).reshape(-1, len(limits)) / limits
-    order = np.argsort(-sizes.max(axis=1), kind="stable")
-    sizes, demand = sizes[order], sizes.sum(axis=0)
-    left = np.ones(len(sizes), bool)
-    rows = []
-    for largest in range(len(sizes)):
-        if not left[largest]:
-            continue
-        row, room, candidates = [largest], 1 - sizes[largest], largest + 1 + np.flatnonzero(left[largest + 1 :])
-        while True:
-            candidates = candidates[(sizes[candidates] <= room + 1e-9).all(axis=1)]
-            if not candidates.size:
-                break
-            best = int(np.argmax(sizes[candidates] @ (demand * room)))
-            row.append(int(candidates[best]))
-            room = room - sizes[candidates[best]]
-            candidates = np.delete(candidates, best)
-        left[row] = False
-        rows.append([int(order[i]) for i in row])
-    return [rows[i] for i in rng.permutation(len(rows))]
+    count = math.ceil(sizes.sum(axis=0).max())
+    while (rows := _fill(sizes, count)) is None:
+        count += math.ceil(count / 200)
+    return [rows[i] for i in rng.permutation(count)]
+
+
+def _fill(sizes: np.ndarray, count: int) -> list[list[int]] | None:
+    """Items as shares of the budgets into `count` rows, or None if they do not fit."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    used, potential = np.zeros((count, sizes.shape[1])), np.ones((count, sizes.shape[1]))
+    for number in np.argsort(-sizes.sum(axis=1), kind="stable"):
+        fits = (used + sizes[number] <= 1 + 1e-9).all(axis=1)
+        if not fits.any():
+            return None
+        growth = potential @ (np.exp(_STEEPNESS * sizes[number]) - 1)
+        best = int(np.argmin(np.where(fits, growth, np.inf)))
+        rows[best].append(int(number))
+        used[best] += sizes[number]
+        potential[best] = np.exp(_STEEPNESS * used[best])
+    return rows
 
 
 def assemble(

@@ -288,16 +288,16 @@ def next_fit(taken, budgets):
 
 def test_rows_are_full():
     """Both token budgets that cost compute, in proportion to what the mixture needs of each."""
-    taken, budgets = realistic_lengths(4096, np.random.default_rng(1)), Budgets(4280, 10_000, 2_400, 16_384, 32)
+    taken, budgets = realistic_lengths(4096, np.random.default_rng(1)), Budgets(3736, 6000, 1800, 16_384, 24)
     used = {
-        name: np.mean([taken[row].sum(axis=0) for row in rows], axis=0)[[0, 3]] / (4280, 16_384)
+        name: np.mean([taken[row].sum(axis=0) for row in rows], axis=0)[[0, 3]] / (3736, 16_384)
         for name, rows in (
             ("plan", layout.plan(taken, budgets, np.random.default_rng(0))),
             ("next fit", next_fit(taken, budgets)),
         )
     }
     assert (used["plan"] > 0.97).all(), used
-    assert (used["next fit"] < 0.93).all(), used
+    assert (used["next fit"] < 0.9).all(), used
 
 
 def test_plan_is_a_function_of_its_seed():
