@@ -5,7 +5,11 @@ out bad when it is read is left out of its row, which shifts no other; `Ledger` 
 """
 
 import collections
+import functools
 import itertools
+import os
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,7 +101,8 @@ class Batches(grain.MapDataset):
         if self._config.data.workers:
             flags.FLAGS.mark_as_parsed()  # which grain reads its own from
             ahead = -(-PREFETCH // self._config.data.workers)
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(self._config.data.workers, ahead))
+            options = grain.MultiprocessingOptions(self._config.data.workers, ahead)
+            batches = batches.mp_prefetch(options, functools.partial(_end_with, os.getpid()))
         return iter(batches)
 
     def examples(self, per_source: int) -> list[Example]:
@@ -128,6 +133,17 @@ class Batches(grain.MapDataset):
             return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
         return layout.assemble(packed, first, data.budgets, layout.geometry(self._config.model, data))
+
+
+def _end_with(parent: int, *_: int) -> None:
+    """Ends a worker process when its parent is gone: one that is killed cannot end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Ledger:

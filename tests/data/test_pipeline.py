@@ -3,7 +3,11 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import chex
 import jax
@@ -135,6 +139,34 @@ def test_200_steps_on_other_numbers_of_hosts(data):
     step = int(np.random.default_rng(0).integers(steps))
     parts = [Batches(settings, index, 4, whole[step - 1][1]) for index in range(4)]
     assert [global_ids(parts, later) for later in range(step, steps)] == expected[step:]
+
+
+def test_workers_end_with_a_run_that_is_killed(data, tmp_path):
+    """What is left of a killed run would hold its memory for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import dataclasses, multiprocessing, pathlib, sys, time\n"
+        "from mmcore_jax.data.pipeline import Batches\n"
+        "from tests.data.test_pipeline import make_config\n"
+        "if __name__ == '__main__':\n"
+        "    settings = make_config(pathlib.Path(sys.argv[1]))\n"
+        "    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=1))\n"
+        "    batches = Batches(settings).iterate(0)\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    with subprocess.Popen([sys.executable, script, data], stdout=subprocess.PIPE, text=True, env=environment) as run:
+        worker = int(run.stdout.readline())
+        os.kill(worker, 0)
+        run.kill()
+    for _ in range(100):
+        time.sleep(0.1)
+        path = pathlib.Path(f"/proc/{worker}/cmdline")
+        if not path.exists() or not path.read_bytes():  # gone, or ended and not yet collected
+            return
+    raise AssertionError(f"process {worker} is still there")
 
 
 def global_ids(parts, step):
