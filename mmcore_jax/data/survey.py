@@ -88,8 +88,8 @@ def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
         for part, image in picture._asdict().items():
             if image is not None:
                 cells.append((image, f"image {number}, {role}, {part} {image.shape[0]} x {image.shape[1]}"))
-    blank = np.full((*np.max([image.shape[:2] for image, _ in cells] or [(32, 32)], axis=0), 3), 255, np.uint8)
-    return [(blank, f"{prepared.id}: {text}"), *cells]
+    width = max([image.shape[1] for image, _ in cells], default=32)
+    return [(np.full((1, width, 3), 255, np.uint8), f"{prepared.id}: {text}"), *cells]
 
 
 def _nothing() -> Survey:

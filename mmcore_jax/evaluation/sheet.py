@@ -1,6 +1,7 @@
 """Contact sheets: rows of captioned images on one page."""
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -50,10 +51,22 @@ def _paste(
 
 def _wrap(caption: str, width: int, font: ImageFont.ImageFont) -> list[str]:
     lines = [""]
-    for word in caption.split():
+    for word in _break_up(caption, width, font):
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
     return lines
+
+
+def _break_up(caption: str, width: int, font: ImageFont.ImageFont) -> Iterator[str]:
+    """The words of a caption, those that are too wide in pieces."""
+    for word in caption.split():
+        while font.getlength(word) > width and len(word) > 1:
+            kept = max(
+                1, bisect.bisect(range(1, len(word)), width, key=lambda end, word=word: font.getlength(word[:end]))
+            )
+            yield word[:kept]
+            word = word[kept:]
+        yield word
