@@ -21,7 +21,7 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image=3.0, text_to_image_core=1.5, edit_tone=2.0, edit_gender=0.5, edit_colour=1.6)
+    sources = dict(text_to_image=3.0, text_to_image_core=1.5, edit_tone=2.5, edit_gender=0.8, edit_colour=1.0)
     sources |= dict(compose=0.3, caption=0.5)
     return ConfigDict(
         dict(

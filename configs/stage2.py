@@ -20,13 +20,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image_core=16.0, edit_tone=2.5, edit_gender=0.5, edit_colour=5.0)
+    sources = dict(text_to_image_core=16.0, edit_tone=4.0, edit_gender=1.0, edit_colour=4.0)
     return ConfigDict(
         dict(
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=1950,
+            total_steps=2000,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -90,7 +90,7 @@ def _openmoji() -> ConfigDict:
             optimizer=openmoji.optimizer(warmup_steps=60, decay="linear", flat=0.6, ema_decay=0.996),
             sampling=dict(steps=5, text_scale=2.0, visual_scale=2.0, timestep_shift=3.0, timestep_spacing="trailing"),
             checkpoint=dict(every=500, keep=2, keep_period=0),
-            telemetry=dict(log_every=10, sample_every=1950),
+            telemetry=dict(log_every=10, sample_every=2000),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
         )
