@@ -26,7 +26,7 @@ def _openmoji() -> ConfigDict:
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=2000,
+            total_steps=2200,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -89,8 +89,8 @@ def _openmoji() -> ConfigDict:
             tuning=(dict(pattern="(vlm|queries|connector)/.*", frozen=True), dict(pattern=".*")),
             optimizer=openmoji.optimizer(warmup_steps=60, decay="linear", flat=0.6, ema_decay=0.996),
             sampling=dict(steps=5, text_scale=2.0, visual_scale=2.0, timestep_shift=3.0, timestep_spacing="trailing"),
-            checkpoint=dict(every=500, keep=2, keep_period=0),
-            telemetry=dict(log_every=10, sample_every=2000),
+            checkpoint=dict(every=550, keep=2, keep_period=0),
+            telemetry=dict(log_every=10, sample_every=2200),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
         )
