@@ -96,12 +96,12 @@ class Batches(grain.MapDataset):
 
     def iterate(self, first: int) -> Iterator[Batch]:
         """Yields the batches from step `first` on, prepared ahead by `config.data.workers` processes, or by threads."""
-        options = grain.ReadOptions(num_threads=self._config.data.threads, prefetch_buffer_size=PREFETCH)
-        batches = self[first:].to_iter_dataset(options)
-        if self._config.data.workers:
-            flags.FLAGS.mark_as_parsed()  # which grain reads its own from
-            ahead = -(-PREFETCH // self._config.data.workers)
-            options = grain.MultiprocessingOptions(self._config.data.workers, ahead)
+        data = self._config.data
+        ahead = -(-PREFETCH // max(data.workers, 1))
+        batches = self[first:].to_iter_dataset(grain.ReadOptions(data.threads, max(ahead, data.threads)))
+        if data.workers:
+            flags.FLAGS.mark_as_parsed()  # grain reads settings of its own there
+            options = grain.MultiprocessingOptions(data.workers, ahead)
             batches = batches.mp_prefetch(options, functools.partial(_end_with, os.getpid()))
         return iter(batches)
 

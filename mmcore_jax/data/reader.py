@@ -50,9 +50,8 @@ class Reader:
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
         self._policies = [source.too_long for source in config.data.sources.values()]
         bytes_each = sum(array.nbytes for array in jax.tree.leaves(layout.placeholder(config)))
-        if (
-            bytes_each * sum(map(len, self.sources)) <= _CACHE_BYTES
-        ):  # an epoch must fit, or none of it is there in time
+        # An epoch must fit, or nothing is there any more when it comes again.
+        if bytes_each * sum(map(len, self.sources)) <= _CACHE_BYTES:
             self.prepare = functools.cache(self.prepare)
 
     def __reduce__(self) -> tuple:
