@@ -125,7 +125,8 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     checkpoints.wait()
     telemetry.close()
-    print(*ledger.lines(), sep="\n", end="")
+    for line in ledger.lines():
+        print(line)
     ending = "done" if step == config.total_steps else "stopped by SIGTERM and saved"
     print(f"{workdir} is {ending}: step {step} of {config.total_steps}.")
     return 0
