@@ -85,7 +85,7 @@ def _survey(config: Config, arguments: argparse.Namespace) -> None:
     reader = Reader(config)
     scans = [scan.load(config, reader, number, progress, arguments.workers) for number in range(len(reader.sources))]
     for number, source in enumerate(reader.sources):
-        found = survey.survey(config, reader, number, progress, arguments.workers)
+        found = survey.survey(reader, number, progress, arguments.workers)
         print(f"\n{source.name}: {len(source):,} records", *survey.lines(found), sep="\n  ")
     if config.data.layout == "interleaved":
         used = survey.utilisation(config, scans).items()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from mmcore_jax.config import Config
 from mmcore_jax.data import layout, scan
@@ -26,7 +26,6 @@ from mmcore_jax.data.reader import Prepared, Reader
 from mmcore_jax.progress import progress
 
 PREFETCH = 16  # batches
-_CASES_LOGGED = 3
 
 
 class Skipped(NamedTuple):
@@ -132,7 +131,7 @@ class Batches(grain.MapDataset):
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
             return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        return layout.assemble(packed, first, data.budgets, layout.geometry(self._config.model, data))
+        return layout.assemble(packed, first, data.budgets, self._reader.sizes)
 
 
 def _end_with(parent: int, *_: int) -> None:
@@ -169,8 +168,7 @@ class Ledger:
         for case in batch.skipped:
             counts = self._lost if case.lost else self._shortened
             counts[case.source, case.reason] += 1
-            if counts[case.source, case.reason] <= _CASES_LOGGED:
-                logging.warning("data source %s, %s: %s", case.source, case.where, case.reason)
+            scan.log_case(counts[case.source, case.reason], case.source, case.reason, case.where)
         for name in {case.source for case in batch.skipped if case.lost}:
             bad = {reason: count for (source, reason), count in self._lost.items() if source == name}
             total = max(self._drawn[self._names.index(name)], self._config.data.window) // self._process_count

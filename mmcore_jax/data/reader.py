@@ -1,10 +1,8 @@
 """Examples of the sources, on their way into rows: read, checked, tokenised, decoded."""
 
 import bisect
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import jax
 
 from mmcore_jax.config import Config
 from mmcore_jax.data import image as image_lib
-from mmcore_jax.data import layout
+from mmcore_jax.data import layout, workers
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Lengths
 from mmcore_jax.data.sources import open_source
@@ -43,10 +41,11 @@ class Reader:
         self._config, self._data = config, config.data
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
+        self.sizes = None
         if config.data.layout == "interleaved":
             self._format = layout.ChatFormat(self.tokenizer)
-            self._sizes = layout.geometry(config.model, config.data)
-            self._smaller_sizes = _smaller(self._sizes)
+            self.sizes = layout.geometry(config.model, config.data)
+            self._smaller_sizes = _smaller(self.sizes)
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
         self._policies = [source.too_long for source in config.data.sources.values()]
         bytes_each = sum(array.nbytes for array in jax.tree.leaves(layout.placeholder(config)))
@@ -76,7 +75,7 @@ class Reader:
         for frame in item.frames:
             if frame.size is None:  # of the others it follows from the header
                 image_lib.read_size(frame.encoded)
-        return layout.lengths(item, self._sizes)
+        return layout.lengths(item, self.sizes)
 
     def prepare(self, source: int, index: int) -> Prepared:
         """Reads, checks, tokenises and decodes an example; raises `BadExample`."""
@@ -86,20 +85,20 @@ class Reader:
             size = self._config.model.vision_target.vision.image_size
             return Prepared(example["id"], tokens, [image_lib.decode(encoded, size)], None)
         item, shortened = self._fit(example, self._policies[source])
-        return Prepared(item.id, item, [layout.picture(frame, self._sizes) for frame in item.frames], shortened)
+        return Prepared(item.id, item, [layout.picture(frame, self.sizes) for frame in item.frames], shortened)
 
     def _pair(self, example: Example) -> tuple[bytes, list[int]]:
         return layout.make_pair(example, self.tokenizer, self._config.model.vision_target.text.max_length)
 
     def _fit(self, example: Example, policy: str) -> tuple[layout.Item, str | None]:
         """The item of an example, shortened by the policy of its source if it is too long for a row, and how."""
-        item, excess = self._item(example, self._sizes)
+        item, excess = self._item(example, self.sizes)
         if excess and policy == "truncate":
             kept = bisect.bisect_left(
-                range(len(item.ids)), True, key=lambda n: bool(self._item(example, self._sizes, n)[1])
+                range(len(item.ids)), True, key=lambda n: bool(self._item(example, self.sizes, n)[1])
             )
             if kept > 1:
-                return self._item(example, self._sizes, kept - 1)[0], "text truncated"
+                return self._item(example, self.sizes, kept - 1)[0], "text truncated"
         if excess and policy == "downscale":
             for sizes in self._smaller_sizes:
                 smaller, still = self._item(example, sizes)
@@ -126,39 +125,22 @@ def _smaller(sizes: layout.Geometry) -> list[layout.Geometry]:
     return smaller
 
 
-# --- All of a source, in worker processes -----------------------------------------------------------------------------
-
-
 def over_source(
     function: Callable[[Reader, int, int, int], Any],
     size: int,
-    config: Config,
     reader: Reader,
     number: int,
     progress: Progress,
     label: str,
-    workers: int = 1,
+    worker_count: int = 1,
 ) -> list:
     """The values, in order, of `function(reader, number, first, last)` over chunks of `size` examples of a source."""
     source = reader.sources[number]
-    chunks = [(function, number, first, min(first + size, len(source))) for first in range(0, len(source), size)]
-    label = f"{label} {source.name}"
-    if workers < 2 or len(chunks) == 1:
-        return list(progress((function(reader, *chunk[1:]) for chunk in chunks), len(chunks), label))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _open, (config,)) as pool:
-        return list(progress(pool.map(_call, chunks), len(chunks), label))
+    chunks = [(number, first, min(first + size, len(source))) for first in range(0, len(source), size)]
+    done = workers.run(functools.partial(_call, function), reader, chunks, worker_count)
+    values = dict(progress(done, len(chunks), f"{label} {source.name}"))
+    return [values[chunk] for chunk in range(len(chunks))]
 
 
-_reader: Reader | None = None
-
-
-def _open(config: Config) -> None:
-    """Opens the sources, once in each process."""
-    global _reader
-    _reader = Reader(config)
-
-
-def _call(chunk: tuple) -> Any:
-    function, *where = chunk
-    return function(_reader, *where)
+def _call(function: Callable, reader: Reader, chunk: tuple[int, int, int]) -> Any:
+    return function(reader, *chunk)

@@ -4,6 +4,7 @@ A scan reads every record once, but no image further than its header. It is kept
 that stands for the records, the tokenizer and the sizes that it was made with, and serves every run that has the same.
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -54,10 +55,16 @@ def load(config: Config, reader: Reader, number: int, progress: Progress, worker
     stem = f"{source.name}-{_fingerprint(config, reader, number)}"
     table, reasons = (pathlib.Path(config.data.index) / (stem + suffix) for suffix in (".npy", ".json"))
     if not table.exists():
-        _write(_make(config, reader, number, progress, workers), table, reasons)
+        _write(_make(reader, number, progress, workers), table, reasons)
     scan = Scan(np.load(table, mmap_mode="r"), json.loads(reasons.read_text()))
     check_share(source.name, scan.bad, len(scan.table), config.data.bad_record_limit)
     return scan
+
+
+def log_case(count: int, source: str, reason: str, where: str) -> None:
+    """Logs a record that is left out or shortened, the `count`-th of its kind, if it is among the first."""
+    if count <= _CASES_LOGGED:
+        logging.warning("data source %s, %s: %s", source, where, reason)
 
 
 def check_share(name: str, bad: dict[str, int], total: int, limit: float) -> None:
@@ -79,7 +86,7 @@ def _fingerprint(config: Config, reader: Reader, number: int) -> str:
         reader.sources[number].fingerprint(),
         hashlib.sha256(tokenizer).hexdigest(),
         config.data.layout,
-        repr(layout.geometry(config.model, config.data)) if config.data.layout == "interleaved" else None,
+        repr(reader.sizes),
         repr(config.data.budgets),
         list(config.data.sources.values())[number].too_long,
         bool(next_token and next_token.user_text),
@@ -88,20 +95,20 @@ def _fingerprint(config: Config, reader: Reader, number: int) -> str:
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
 
-def _make(config: Config, reader: Reader, number: int, progress: Progress, workers: int) -> Scan:
-    total, name = len(reader.sources[number]), reader.sources[number].name
-    parts = over_source(_measure, _CHUNK, config, reader, number, progress, "scanning", workers)
+def _make(reader: Reader, number: int, progress: Progress, workers: int) -> Scan:
+    source = reader.sources[number]
+    total = len(source)
+    parts = over_source(_measure, _CHUNK, reader, number, progress, "scanning", workers)
     table = np.zeros(total, _RECORD)
     known: dict[str, int] = {}
-    logged: dict[str, int] = {}
+    seen: collections.Counter[str] = collections.Counter()
     for first, (lengths, bad) in zip(range(0, total, _CHUNK), parts):
         table["lengths"][first : first + _CHUNK] = lengths
         for index, reason in bad.items():
             reason = reason if reason in known or len(known) < _MOST_REASONS - 1 else _OTHER
             table["reason"][index] = known.setdefault(reason, len(known) + 1)
-            logged[reason] = logged.get(reason, 0) + 1
-            if logged[reason] <= _CASES_LOGGED:
-                logging.warning("data source %s skips %s: %s", name, reader.sources[number].where(index), reason)
+            seen[reason] += 1
+            log_case(seen[reason], source.name, reason, source.where(index))
     return Scan(table, list(known))
 
 

@@ -43,9 +43,9 @@ class Survey(NamedTuple):
         return len(self.hashes) - len(set(self.hashes))
 
 
-def survey(config: Config, reader: Reader, number: int, progress: Progress, workers: int = 1) -> Survey:
+def survey(reader: Reader, number: int, progress: Progress, workers: int = 1) -> Survey:
     """Reads all of source `number`, with `workers` processes."""
-    parts = over_source(_count, _CHUNK, config, reader, number, progress, "reading", workers)
+    parts = over_source(_count, _CHUNK, reader, number, progress, "reading", workers)
     return sum(parts, _nothing())
 
 

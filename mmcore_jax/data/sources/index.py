@@ -3,17 +3,17 @@
 An index knows the size and version of its shard, and is refused beside any other.
 """
 
-import concurrent.futures
 import importlib
-import multiprocessing
 import shlex
 
 import pyarrow as pa
 
 from mmcore_jax import config
 from mmcore_jax.config import UserError
+from mmcore_jax.data import workers
 from mmcore_jax.data.sources import files
 from mmcore_jax.data.sources.files import INDEX_SUFFIX, Shard
+from mmcore_jax.data.sources.sharded import Cache, Sharded
 from mmcore_jax.progress import Progress
 
 KINDS = ("webdataset", "json_lines")
@@ -21,7 +21,7 @@ _COMMAND = "python -m mmcore_jax.prepare --index {} {}"
 _LAYOUT = "1"  # of the index files
 
 
-def build_indexes(name: str, settings: config.Source, progress: Progress, workers: int) -> int:
+def build_indexes(name: str, settings: config.Source, progress: Progress, worker_count: int) -> int:
     """Indexes the shards of a source that need an index and have none, or a stale one; returns how many those were.
 
     Raises:
@@ -30,19 +30,8 @@ def build_indexes(name: str, settings: config.Source, progress: Progress, worker
     if settings.kind not in KINDS:
         return 0
     todo = [shard for shard in files.find(name, settings.shards) if _load(shard) is None]
-    if workers == 1 or len(todo) < 2:
-        jobs = (_build(settings.kind, shard) for shard in todo)
-        return len(list(progress(jobs, len(todo), "indexing")))
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has started JAX can hang
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        jobs = [pool.submit(_build, settings.kind, shard) for shard in todo]
-        try:
-            for job in progress(concurrent.futures.as_completed(jobs), len(todo), "indexing"):
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return len(todo)
+    done = workers.run(_build, settings.kind, todo, worker_count)
+    return len(list(progress(done, len(todo), "indexing")))
 
 
 def load(name: str, settings: config.WebDataset | config.JsonLines, shard: Shard) -> pa.RecordBatch:
@@ -58,6 +47,21 @@ def load(name: str, settings: config.WebDataset | config.JsonLines, shard: Shard
     command = _COMMAND.format(settings.kind, shlex.quote(patterns))
     fault = "is of another version of it" if files.exists(shard.path + INDEX_SUFFIX) else "does not exist"
     raise UserError(f"data source {name!r}: the index of {shard.path} {fault}: run {command}.")
+
+
+class Indexed(Sharded):
+    """A source of shards that have an index."""
+
+    def __init__(self, name: str, settings: config.WebDataset | config.JsonLines) -> None:
+        """Opens the indices; raises `UserError` as `open_source` does."""
+        self._indices = Cache(self._open_index)
+        super().__init__(name, settings)
+
+    def _open_index(self, shard: int) -> pa.RecordBatch:
+        return load(self.name, self._settings, self.shards[shard])
+
+    def _count(self, shard: int) -> int:
+        return self._indices[shard].num_rows
 
 
 def _load(shard: Shard) -> pa.RecordBatch | None:

@@ -6,26 +6,14 @@ import pathlib
 import fsspec
 import pyarrow as pa
 
-from mmcore_jax import config
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.sources import document, files, index
+from mmcore_jax.data.sources import document, files
 from mmcore_jax.data.sources.files import Shard
-from mmcore_jax.data.sources.sharded import Cache, Sharded
+from mmcore_jax.data.sources.index import Indexed
 
 
-class Source(Sharded):
+class Source(Indexed):
     """Records of indexed files of JSON lines."""
-
-    def __init__(self, name: str, settings: config.JsonLines) -> None:
-        """Opens the indices; raises `UserError` as `open_source` does."""
-        self._indices = Cache(self._load)
-        super().__init__(name, settings)
-
-    def _load(self, shard: int) -> pa.RecordBatch:
-        return index.load(self.name, self._settings, self.shards[shard])
-
-    def _count(self, shard: int) -> int:
-        return self._indices[shard].num_rows
 
     def _read(self, shard: int, row: int) -> Example:
         offsets, (path, size, _) = self._indices[shard].column("offset"), self.shards[shard]

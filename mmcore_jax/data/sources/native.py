@@ -1,10 +1,8 @@
 """Any source as native shards: in order, without its bad records, and resumable."""
 
 import collections
-import concurrent.futures
 import errno
 import json
-import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as example_lib
+from mmcore_jax.data import workers
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.sources import RandomAccess
 from mmcore_jax.progress import Progress
@@ -27,7 +26,7 @@ class Converted(NamedTuple):
 
 
 def convert(
-    source: RandomAccess, directory: str | pathlib.Path, shards: int, progress: Progress, workers: int
+    source: RandomAccess, directory: str | pathlib.Path, shards: int, progress: Progress, worker_count: int
 ) -> Converted:
     """Writes `NAME-00000-of-0000N.array_record`, and `NAME.json`, which says what is finished.
 
@@ -38,7 +37,7 @@ def convert(
       directory: where to, a local folder.
       shards: into how many files.
       progress: `(items, total, label)`; an item is a shard.
-      workers: processes.
+      worker_count: processes.
 
     Raises:
       UserError: if the directory holds another conversion of that name, or cannot be written.
@@ -50,8 +49,9 @@ def convert(
         for partial in job.directory.glob(f"{source.name}-*.partial"):  # of a run that was killed
             partial.unlink()
         todo = [shard for shard in range(shards) if str(shard) not in finished]
-        for shard, counts in progress(_write_all(job, todo, workers), len(todo), f"converting {source.name}"):
-            finished[str(shard)] = counts
+        done = workers.run(_write, job, todo, worker_count)
+        for number, counts in progress(done, len(todo), f"converting {source.name}"):
+            finished[str(todo[number])] = counts
             job.write_finished(finished)
     except OSError as error:
         raise UserError(f"cannot write {directory} ({error.strerror}): choose another directory.") from error
@@ -92,32 +92,6 @@ class _Job(NamedTuple):
         partial = self.manifest().with_suffix(".partial")
         partial.write_text(json.dumps({"job": self.identity(), "finished": finished}))
         os.replace(partial, self.manifest())
-
-
-def _write_all(job: _Job, shards: list[int], workers: int) -> Iterator[tuple[int, dict]]:
-    if workers == 1 or len(shards) < 2:
-        yield from ((shard, _write(job, shard)) for shard in shards)
-        return
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has started JAX can hang
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _open, (job,)) as pool:
-        futures = {pool.submit(_write_opened, shard): shard for shard in shards}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-_opened: list[_Job] = []  # in a worker process
-
-
-def _open(job: _Job) -> None:
-    _opened.append(job)
-
-
-def _write_opened(shard: int) -> dict:
-    return _write(_opened[0], shard)
 
 
 def _write(job: _Job, shard: int) -> dict:

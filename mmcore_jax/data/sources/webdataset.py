@@ -11,12 +11,11 @@ from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from mmcore_jax import config
 from mmcore_jax.config import UserError
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.sources import document, files, index
+from mmcore_jax.data.sources import document, files
 from mmcore_jax.data.sources.files import Shard
-from mmcore_jax.data.sources.sharded import Cache, Sharded
+from mmcore_jax.data.sources.index import Indexed
 
 _DAMAGED = "tar header is damaged"
 _DUPLICATE = "duplicate member"
@@ -24,19 +23,8 @@ _CHUNK = 1 << 20  # bytes
 _TORN = (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError)  # what tarfile raises on damage
 
 
-class Source(Sharded):
+class Source(Indexed):
     """Records of indexed tar files. As documents they are KEY.json, which names its images KEY.0.jpg and so on."""
-
-    def __init__(self, name: str, settings: config.WebDataset) -> None:
-        """Opens the indices; raises `UserError` as `open_source` does."""
-        self._indices = Cache(self._load)
-        super().__init__(name, settings)
-
-    def _load(self, shard: int) -> pa.RecordBatch:
-        return index.load(self.name, self._settings, self.shards[shard])
-
-    def _count(self, shard: int) -> int:
-        return self._indices[shard].num_rows
 
     def _read(self, shard: int, row: int) -> Example:
         batch = self._indices[shard]
