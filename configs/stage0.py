@@ -40,6 +40,7 @@ def _openmoji() -> ConfigDict:
                 budgets=dict(vlm_tokens=0, vision_patches=0, context_tokens=0, latent_tokens=0, images=1),
                 window=1024,
                 index=openmoji.INDEX,
+                features=(),
                 workers=0,
                 threads=2,
                 bad_record_limit=0.01,

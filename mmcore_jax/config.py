@@ -413,8 +413,9 @@ class Data:
     `image_size` is the side of the squares that the diffusion transformer draws, `vlm_pixels` bounds the area of the
     images that the VLM sees; None where a stage has no such part. The vision target sees images of its own size.
 
-    What the sources hold is kept in `index`. Batches are prepared ahead by `workers` processes of `threads` threads
-    each, or, where that is 0, in this process.
+    What the sources hold is kept in `index`, and beside it `features`, which frozen parts make once and for all:
+    "latents" of the autoencoder, "targets" of the vision target, "conditioning" of the VLM and what follows it. Batches
+    are prepared ahead by `workers` processes of `threads` threads each, or, where that is 0, in this process.
     """
 
     layout: Literal["pairs", "interleaved"]
@@ -425,6 +426,7 @@ class Data:
     budgets: Budgets
     window: int
     index: str
+    features: tuple[Literal["latents", "targets", "conditioning"], ...]
     workers: int
     threads: int
     bad_record_limit: float

@@ -103,11 +103,11 @@ def _denoise(
 
     def condition(drop_text: jax.Array, drop_visual: jax.Array) -> Condition:
         drop = Drop(jnp.full(shape, drop_text), jnp.full(shape, drop_visual))
-        return forward.model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
+        return forward.model.condition(forward.text_embeddings, forward.visual_embeddings, batch, drop)
 
     conditions = [condition(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)]
     conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *conditions)
-    clean = forward.model.latents(batch.images.pixels)
+    clean = forward.latents
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     tokens = integrate(

@@ -67,7 +67,8 @@ class MMCORE(nn.Module):
             self.target_embeddings(batch.images.targets)
         if self.config.dit:
             nothing = jnp.zeros(batch.images.generated.shape, bool)
-            condition = self.condition(hidden, visual, batch, Drop(nothing, nothing))
+            text = self.text_embeddings(hidden, batch)
+            condition = self.condition(text, visual, batch, Drop(nothing, nothing))
             clean = self.latents(batch.images.pixels)
             self.velocity(self.latent_tokens(clean, clean, batch), condition, jnp.zeros(nothing.shape), batch)
             self.autoencoder(batch.images.pixels)
@@ -107,11 +108,15 @@ class MMCORE(nn.Module):
 
     # --- Diffusion: text and visual embeddings to velocities ---------------------------------------------------------
 
-    def condition(self, hidden_states: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> Condition:
+    def text_embeddings(self, hidden_states: jax.Array, batch: Interleaved) -> jax.Array:
+        """The hidden states of the text that stands in the context, `[B, C, D]`; only TEXT tokens have a meaning."""
+        is_text = batch.diffusion.context_meta.kind == masks.TEXT
+        return gather_tokens(hidden_states, jnp.where(is_text, batch.diffusion.context_source, 0))
+
+    def condition(self, text: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> Condition:
         """What the diffusion transformer is conditioned on: each frame's text and visual embeddings."""
         meta, source = batch.diffusion.context_meta, batch.diffusion.context_source
         is_visual = meta.kind == masks.VISUAL
-        text = gather_tokens(hidden_states, jnp.where(is_visual, 0, source))
         flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         visual = gather_tokens(flat, jnp.where(is_visual, source, 0))
         return self.conditioning(text, visual, meta, drop)
@@ -147,7 +152,7 @@ class MMCORE(nn.Module):
 
 
 class Forward:
-    """One batch through the model: what several objectives need is computed once."""
+    """One batch through the model: what several objectives need is computed once, and not where the batch brings it."""
 
     def __init__(self, model: MMCORE, params: Params, batch: Interleaved | Pairs) -> None:
         self.model, self.params, self.batch = model.bind({"params": params}), params, batch
@@ -158,7 +163,23 @@ class Forward:
 
     @functools.cached_property
     def visual_embeddings(self) -> jax.Array:
-        return self.model.visual_embeddings(self.hidden_states, self.batch)
+        given = self.batch.features.visual
+        return self.model.visual_embeddings(self.hidden_states, self.batch) if given is None else given
+
+    @functools.cached_property
+    def text_embeddings(self) -> jax.Array:
+        given = self.batch.features.text
+        return self.model.text_embeddings(self.hidden_states, self.batch) if given is None else given
+
+    @functools.cached_property
+    def latents(self) -> jax.Array:
+        given = self.batch.features.latents
+        return self.model.latents(self.batch.images.pixels) if given is None else given
+
+    @functools.cached_property
+    def target_embeddings(self) -> jax.Array:
+        given = self.batch.features.targets
+        return self.model.target_embeddings(self.batch.images.targets) if given is None else given
 
     @functools.cached_property
     def target_mean(self) -> jax.Array:
@@ -168,4 +189,4 @@ class Forward:
     @functools.cached_property
     def targets(self) -> jax.Array:
         """Target embeddings `[B, I, N, D_visual]`, centred."""
-        return self.model.target_embeddings(self.batch.images.targets) - self.target_mean
+        return self.target_embeddings - self.target_mean

@@ -3,22 +3,31 @@
     python -m mmcore_jax.prepare --dataset openmoji --output data/openmoji
     python -m mmcore_jax.prepare --index webdataset 'data/pairs/*.tar'
     python -m mmcore_jax.prepare --config=configs/stage2.py [--show N] [--output DIR --shards N]
+    python -m mmcore_jax.prepare --config=configs/stage2.py --features [--part 0/16]
 
 The second makes it possible to read tars at random. The third does that too, reads every example once as training
 would, keeps the lengths that training plans its rows by, prints a report, and with `--output` writes native shards.
+The fourth computes what frozen parts make of the examples, as `config.data.features` names it; machines can share it.
 """
 
 import argparse
 import pathlib
 from collections.abc import Sequence
 
+import jax
+
 from mmcore_jax import config as config_lib
+from mmcore_jax import sharding
 from mmcore_jax.config import Config, JsonLines, UserError, WebDataset, door
-from mmcore_jax.data import openmoji, scan, survey
+from mmcore_jax.data import layout, openmoji, scan, survey
 from mmcore_jax.data.reader import Reader
 from mmcore_jax.data.sources import index, native
 from mmcore_jax.evaluation.sheet import sheet
+from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.progress import progress
+from mmcore_jax.training.checkpoint import check_sources, initial_params
+from mmcore_jax.training.precompute import precompute
+from mmcore_jax.training.state import freeze, make_plan
 
 _PAGE_SIDE = 256  # pixels that an image takes on the contact sheet, at least
 _INDEXED = {"webdataset": WebDataset, "json_lines": JsonLines}
@@ -30,10 +39,14 @@ def main(argv: Sequence[str]) -> None:
     arguments, overrides = _parser().parse_known_args(argv)
     if overrides and not arguments.config:
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.features and not arguments.config:
+        _parser().error("--features needs --config")
     for name in ("size", "workers", "shards"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}, expected at least 1.")
-    if arguments.config:
+    if arguments.features:
+        _precompute(config_lib.load(arguments.config, overrides), arguments.part)
+    elif arguments.config:
         _survey(config_lib.load(arguments.config, overrides), arguments)
     elif arguments.index:
         _index(*arguments.index, arguments.workers)
@@ -55,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=64, metavar="PIXELS", help="edge of the images of --dataset (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--features", action="store_true", help="computes the features that --config asks for")
+    parser.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="of --features: every N-th file from the I-th on"
+    )
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="draws N examples of each source as it is seen"
     )
@@ -98,6 +115,30 @@ def _survey(config: Config, arguments: argparse.Namespace) -> None:
             print(
                 f"{arguments.output}: {made.examples:,} examples of {source.name}, {sum(made.bad.values()):,} left out"
             )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`I/N`, 0 <= I < N."""
+    index, _, count = text.partition("/")
+    if not 0 <= int(index) < int(count):
+        raise ValueError
+    return int(index), int(count)
+
+
+def _precompute(config: Config, part: tuple[int, int]) -> None:
+    if not config.data.features:
+        raise UserError(
+            f"config.data.features of {config.stage} {config.recipe} is empty: name what is to be computed."
+        )
+    check_sources(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, 1, mesh)
+    jax.set_mesh(mesh)
+    model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
+    plan = make_plan(config, model, mesh, example)
+    frozen = freeze(config, plan, initial_params(config, model, plan, example, plan.frozen))
+    for kind, made_by in precompute(config, model, plan, frozen, mesh, progress, part).items():
+        print(f"{config.data.index}: {kind} by the weights {made_by}")
 
 
 def _show(reader: Reader, scans: list[scan.Scan], count: int, path: pathlib.Path) -> None:

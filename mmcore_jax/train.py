@@ -21,7 +21,7 @@ import numpy as np
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError, door
-from mmcore_jax.data import image
+from mmcore_jax.data import image, layout
 from mmcore_jax.data.pipeline import Batch, Batches, Ledger
 from mmcore_jax.data.plan import Position
 from mmcore_jax.data.text import keep_tokenizer
@@ -29,8 +29,10 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
+from mmcore_jax.progress import progress
 from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_params
 from mmcore_jax.training.flops import peak_flops, step_flops
+from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, make_step
 from mmcore_jax.training.telemetry import Telemetry
@@ -66,32 +68,33 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         check_sources(config)
     jax.set_mesh(mesh)
 
-    # --- Data ---------------------------------------------------------------------------------------------------------
+    # --- Model: what config.init names --------------------------------------------------------------------------------
     first, seen = checkpoints.latest_step or 0, checkpoints.data()
+    model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
+    plan = make_plan(config, model, mesh, example)
+    params = initial_params(config, model, plan, example, plan.frozen if seen else list(plan.shapes))
+    frozen = freeze(config, plan, params)
+
+    # --- Data ---------------------------------------------------------------------------------------------------------
     start = Position.from_json(seen["position"]) if seen else None
-    batches = Batches(config, jax.process_index(), jax.process_count(), start)
+    weights = precompute(config, model, plan, frozen, mesh, progress)
+    batches = Batches(config, jax.process_index(), jax.process_count(), start, weights)
     ledger = Ledger(config, jax.process_count(), seen.get("ledger"))
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
-    example = batches[first].arrays
 
-    # --- Model and state: own checkpoint, else what config.init names -------------------------------------------------
-    model = MMCORE(config.model, config.execution)
-    plan = make_plan(config, model, mesh, example)
+    # --- State: own checkpoint, else the beginning --------------------------------------------------------------------
     if checkpoints.latest_step is None:
-        params = initial_params(config, model, plan, example, list(plan.shapes))
-        frozen = freeze(config, plan, params)
         known = join({}, Constants(frozen, {}))
         statistics = alignment.measure(model, known, batches, mesh) if config.objectives.alignment else {}
         state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
-        del params
     else:
-        frozen = freeze(config, plan, initial_params(config, model, plan, example, plan.frozen))
         state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
+    del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
     step_function = jax.jit(make_step(config, model, plan), donate_argnums=0)
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
-    clock = Clock(first, step_flops(config, plan, example)["total"])
+    clock = Clock(first, step_flops(config, plan, batches[first].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
     pictures = Pictures(workdir, config, model, batches) if config.telemetry.sample_every else None
 

@@ -8,7 +8,7 @@ of a row, N query tokens, C context tokens, T latent tokens.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,15 @@ class Diffusion(NamedTuple):
     latent_source: np.ndarray  # [B, T]
 
 
+class Features(NamedTuple):
+    """What frozen networks have made of the examples beforehand; None is left to the step."""
+
+    latents: np.ndarray | None = None  # float32 [B, I, patches, P], of images that are generated or looked back at
+    targets: np.ndarray | None = None  # float32 [B, I, N, D_visual], target embeddings of generated images
+    text: np.ndarray | None = None  # [B, C, D], hidden states, at TEXT tokens of the context
+    visual: np.ndarray | None = None  # [B, I, N, D_visual], visual embeddings of generated images
+
+
 class Interleaved(NamedTuple):
     """A batch of packed rows. `row` is the position in the global batch, which random numbers are drawn by."""
 
@@ -73,6 +82,7 @@ class Interleaved(NamedTuple):
     patches: Patches
     images: Images
     diffusion: Diffusion
+    features: Features = Features()
 
 
 class Pairs(NamedTuple):
@@ -89,7 +99,7 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The sizes that turn an example into tokens; 0 where a stage has no such part.
+    """The sizes that turn an example into tokens; 0 where a stage has no such part, or is given its features.
 
     The VLM sees images of `vlm_pixels` pixels, from the least to the most. `target_size` and `image_size` are the sides
     of what the vision target and the autoencoder see, `latent_side` counts latent patches.
@@ -133,6 +143,13 @@ def geometry(model: Model, data: Data) -> Geometry:
         image_size=data.image_size if model.dit else 0,
         latent_side=_latent_side(model, data.image_size) if model.dit else 0,
     )
+
+
+def without(sizes: Geometry, given: Collection[str]) -> Geometry:
+    """The sizes of what still has to be looked at, where some kinds of features are given."""
+    sizes = dataclasses.replace(sizes, vision_patch=0) if "conditioning" in given else sizes
+    sizes = dataclasses.replace(sizes, target_size=0) if "targets" in given else sizes
+    return dataclasses.replace(sizes, image_size=0) if "latents" in given else sizes
 
 
 def _check_vision(vision: QwenVision, data: Data) -> None:
@@ -223,11 +240,12 @@ class Frame:
 
 
 class Picture(NamedTuple):
-    """An image as the parts take it, uint8 `[height, width, 3]`; None for a part that does not."""
+    """An image as the parts take it, uint8 `[height, width, 3]`, None for a part that does not; and its features."""
 
     vlm: np.ndarray | None = None
     target: np.ndarray | None = None
     pixels: np.ndarray | None = None
+    features: Features = Features()
 
 
 class ChatFormat:
@@ -368,15 +386,18 @@ def picture(frame: Frame, sizes: Geometry) -> Picture:
     Raises:
       BadExample: if it does not decode.
     """
+    seen = bool(frame.size and sizes.vision_patch)
+    targeted = bool(frame.generate and sizes.target_size)
+    drawn = bool((frame.generate or frame.clean) and sizes.image_size)
+    if not (seen or targeted or drawn):
+        return Picture()
     image = image_lib.open_rgb(frame.encoded)
     if frame.square:
         image = image_lib.centre_square(image)
     return Picture(
-        vlm=image_lib.resize(image, *frame.size) if frame.size else None,
-        target=image_lib.scale(image, sizes.target_size) if frame.generate and sizes.target_size else None,
-        pixels=image_lib.scale(image, sizes.image_size)
-        if (frame.generate or frame.clean) and sizes.image_size
-        else None,
+        vlm=image_lib.resize(image, *frame.size) if seen else None,
+        target=image_lib.scale(image, sizes.target_size) if targeted else None,
+        pixels=image_lib.scale(image, sizes.image_size) if drawn else None,
     )
 
 
@@ -438,10 +459,17 @@ def _fill(sizes: np.ndarray, count: int) -> list[list[int]] | None:
 
 
 def assemble(
-    rows: list[list[tuple[Item, list[Picture]]]], first: int, budgets: Budgets, sizes: Geometry
+    rows: list[list[tuple[Item, list[Picture]]]],
+    first: int,
+    budgets: Budgets,
+    sizes: Geometry,
+    features: Features | None = None,
 ) -> Interleaved:
-    """Writes rows of (item, its images) into arrays; `first` is the global position of the first row."""
-    batch = empty(len(rows), budgets, sizes)
+    """Writes rows of (item, its images) into arrays; `first` is the global position of the first row.
+
+    What the images bring of `features` is written into those, zeros before.
+    """
+    batch = empty(len(rows), budgets, sizes)._replace(features=features or Features())
     for b, row in enumerate(rows):
         cursor = _Cursor()
         for document, (item, pictures) in enumerate(row):
@@ -487,6 +515,10 @@ def _write_item(
         if frame.generate:
             batch.images.generated[b, at.slot] = True
             batch.images.queries[b, at.slot] = start + np.array(frame.queries)
+        for name, values in picture.features._asdict().items():
+            if values is not None:
+                first = slice(at.context, at.context + len(values)) if name == "text" else at.slot
+                getattr(batch.features, name)[b, first] = values
         if sizes.latent_side:
             _write_frame(batch.diffusion, b, document, frame, start, at, sizes)
         at.slot += 1
@@ -539,7 +571,7 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
         index = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()
         return TokenMeta(zeros(length), zeros(length), zeros(length) + PAD, zeros(length), zeros(length), index)
 
-    images, length = budgets.images, budgets.vlm_tokens
+    images, length, patches = budgets.images, budgets.vlm_tokens, bool(sizes.vision_patch) * budgets.vision_patches
 
     def pixels(size: int) -> np.ndarray:
         return np.zeros((rows, images, size, size, 3), np.uint8)
@@ -547,9 +579,7 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
     return Interleaved(
         row=zeros(),
         tokens=Tokens(zeros(length), meta(length), zeros(length, 3), zeros(length), zeros(length) - 1),
-        patches=Patches(
-            np.zeros((rows, budgets.vision_patches, sizes.vision_patch**2 * 3), np.uint8), meta(budgets.vision_patches)
-        ),
+        patches=Patches(np.zeros((rows, patches, sizes.vision_patch**2 * 3), np.uint8), meta(patches)),
         images=Images(
             pixels(sizes.image_size),
             pixels(sizes.target_size),
@@ -565,12 +595,12 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
     )
 
 
-def placeholder(config: Config) -> Interleaved | Pairs:
-    """A batch of one empty row in the shapes of a run, to derive parameters from."""
+def placeholder(config: Config, rows: int = 1) -> Interleaved | Pairs:
+    """A batch of empty rows in the shapes of a run, to derive parameters from."""
     if config.data.layout == "interleaved":
-        return empty(1, config.data.budgets, geometry(config.model, config.data))
+        return empty(rows, config.data.budgets, geometry(config.model, config.data))
     target = config.model.vision_target
-    return assemble_pairs([None], 0, target.vision.image_size, target.text.max_length)
+    return assemble_pairs([None] * rows, 0, target.vision.image_size, target.text.max_length)
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------

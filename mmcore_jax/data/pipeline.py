@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import layout, scan
+from mmcore_jax.data import features, layout, scan
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.data.plan import Planner, Position
@@ -51,23 +51,34 @@ class Batches(grain.MapDataset):
     """Random access over the batches of a run, from that which `start` leads to."""
 
     def __init__(
-        self, config: Config, process_index: int = 0, process_count: int = 1, start: Position | None = None
+        self,
+        config: Config,
+        process_index: int = 0,
+        process_count: int = 1,
+        start: Position | None = None,
+        weights: Mapping[str, str] | None = None,
     ) -> None:
         """Opens the sources, and scans those that have not been scanned before.
 
+        Args:
+          config: of the run.
+          process_index, process_count: whose slice of the global batch it is.
+          start: where in the data.
+          weights: for each kind of features that the batches bring along, what stands for the weights behind it.
+
         Raises:
-          UserError: for missing data, if more than `config.data.bad_record_limit` of a source is bad, or if the mixture
-            cannot be drawn.
+          UserError: for missing data or features, if more than `config.data.bad_record_limit` of a source is bad, or
+            if the mixture cannot be drawn.
         """
         super().__init__()
         self._config, self._processes = config, (process_index, process_count)
-        self._reader = Reader(config)
+        self._weights, self._reader = weights or {}, Reader(config, weights)
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
 
     def __reduce__(self) -> tuple:
-        return Batches, (self._config, *self._processes, self._planner.start)
+        return Batches, (self._config, *self._processes, self._planner.start, self._weights)
 
     @property
     def tokenizer(self) -> Any:
@@ -131,7 +142,8 @@ class Batches(grain.MapDataset):
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
             return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        return layout.assemble(packed, first, data.budgets, self._reader.sizes)
+        given = features.empty(len(rows), self._config, self._weights)
+        return layout.assemble(packed, first, data.budgets, self._reader.shown, given)
 
 
 def _end_with(parent: int, *_: int) -> None:

@@ -3,14 +3,14 @@
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from mmcore_jax.config import Config
+from mmcore_jax.data import features, layout, workers
 from mmcore_jax.data import image as image_lib
-from mmcore_jax.data import layout, workers
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Lengths
 from mmcore_jax.data.sources import open_source
@@ -32,13 +32,17 @@ class Prepared(NamedTuple):
 class Reader:
     """Random access over the examples of all sources of a config. Goes to other processes by its config."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, str] | None = None) -> None:
         """Opens the sources.
 
+        Args:
+          config: of the run.
+          weights: for each kind of features that prepared examples bring along, what stands for the weights behind it.
+
         Raises:
-          UserError: for missing data, a tokenizer that does not fit, or sizes that do not.
+          UserError: for missing data or features, a tokenizer that does not fit, or sizes that do not.
         """
-        self._config, self._data = config, config.data
+        self._config, self._data, self._weights = config, config.data, weights or {}
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
         self.sizes = None
@@ -47,6 +51,11 @@ class Reader:
             self.sizes = layout.geometry(config.model, config.data)
             self._smaller_sizes = _smaller(self.sizes)
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
+            self.shown = layout.without(self.sizes, self._weights)
+        self._stores = [features.stores(config, self, number, self._weights) for number in range(len(self.sources))]
+        for source, stores in zip(self.sources, self._stores):
+            for store in stores:
+                features.check(config, source.name, store)
         self._policies = [source.too_long for source in config.data.sources.values()]
         bytes_each = sum(array.nbytes for array in jax.tree.leaves(layout.placeholder(config)))
         # An epoch must fit, or nothing is there any more when it comes again.
@@ -54,7 +63,7 @@ class Reader:
             self.prepare = functools.cache(self.prepare)
 
     def __reduce__(self) -> tuple:
-        return Reader, (self._config,)
+        return Reader, (self._config, self._weights)
 
     def read(self, source: int, index: int) -> Example:
         """Returns an example as it is; raises `BadExample`."""
@@ -85,7 +94,11 @@ class Reader:
             size = self._config.model.vision_target.vision.image_size
             return Prepared(example["id"], tokens, [image_lib.decode(encoded, size)], None)
         item, shortened = self._fit(example, self._policies[source])
-        return Prepared(item.id, item, [layout.picture(frame, self.sizes) for frame in item.frames], shortened)
+        pictures = [layout.picture(frame, self.shown) for frame in item.frames]
+        if self._weights:
+            given = features.joined(item, [store[index] for store in self._stores[source]])
+            pictures = [shown._replace(features=found) for shown, found in zip(pictures, given)]
+        return Prepared(item.id, item, pictures, shortened)
 
     def _pair(self, example: Example) -> tuple[bytes, list[int]]:
         return layout.make_pair(example, self.tokenizer, self._config.model.vision_target.text.max_length)

@@ -72,7 +72,7 @@ def flow_losses(run: Run, examples: Sequence[Example], seed: int, batch_size: in
 
 def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Array) -> jax.Array:
     forward = Forward(model, params, batch)
-    _ = forward.visual_embeddings  # computed here, outside of the loop
+    _ = forward.visual_embeddings, forward.text_embeddings  # computed here, outside of the loop
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     jitter = jax.vmap(lambda key: jax.random.uniform(key, (TIMESTEP_BINS,)))(keys)
     timesteps = (jnp.arange(TIMESTEP_BINS) + jitter) / TIMESTEP_BINS

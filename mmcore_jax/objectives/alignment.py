@@ -33,7 +33,7 @@ def measure(model: MMCORE, params: Params, batches: Sequence, mesh: Mesh) -> dic
     """The mean target embedding over the generated images of the first batches, `{"target_mean": [N, D_visual]}`."""
 
     def add(total: tuple, params: Params, batch: Interleaved) -> tuple:
-        targets = model.apply({"params": params}, batch.images.targets, method="target_embeddings")
+        targets = Forward(model, params, batch).target_embeddings
         sums = jnp.einsum("bi,bind->nd", batch.images.generated.astype(jnp.float32), targets)
         return total[0] + sums, total[1] + jnp.sum(batch.images.generated)
 

@@ -42,12 +42,12 @@ def squared_errors(forward: Forward, t: jax.Array, noise_keys: jax.Array, drop: 
       drop: what each frame loses.
     """
     batch, model = forward.batch, forward.model
-    clean = model.latents(batch.images.pixels)
+    clean = forward.latents
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(noise_keys)
     noised = flow.interpolate(clean, noise, t[..., None, None])
     target = model.latent_tokens(clean, flow.velocity_target(clean, noise), batch)
 
-    condition = model.condition(forward.hidden_states, forward.visual_embeddings, batch, drop)
+    condition = model.condition(forward.text_embeddings, forward.visual_embeddings, batch, drop)
     velocity = model.velocity(model.latent_tokens(clean, noised, batch), condition, t, batch)
     is_noised = batch.diffusion.latent_meta.kind == masks.NOISED
     return is_noised * jnp.mean(jnp.square(velocity - target), axis=-1)

@@ -11,7 +11,7 @@ The convention:
   anything that trains lies in its part or before it, and once more for its own gradient, where it trains itself: 3
   forwards for what trains, 2 for a frozen part that passes gradients on, 1 for a frozen part that does not. Attention
   has no weights: both of its products have two inputs, so where gradients pass it costs 3 forwards, frozen or not.
-- Parts that no active objective of the stage needs are 0.
+- Parts that no active objective of the stage needs are 0, and so are those whose features the batch brings.
 
 Kernels are taken from the shapes of the plan, so a new layer counts itself, and a new part is an error until the table
 says how many rows it multiplies. B rows, L tokens, S vision patches, I images of a row, N query tokens.
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from mmcore_jax.config import AutoencoderKL, Config, SiglipVision
-from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.data.layout import Features, Interleaved, Pairs
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.layers import is_lora
 from mmcore_jax.nn.masks import CLEAN, PAD, TEXT, VISUAL, Rule, TokenMeta
@@ -45,6 +45,9 @@ _REACHES = {
     "dit": f"{_VLM}|(connector|conditioning|dit)/.*",
     "autoencoder": "autoencoder/.*",
 }
+
+# Features that a batch may bring -> the parts that then do not run.
+_GIVEN = {"latents": "autoencoder", "targets": "vision_target", "visual": "vlm/.*|connector"}
 
 # Kernel -> its part, and what counts the rows that it multiplies. The first pattern that matches the whole path wins.
 _KERNELS = (
@@ -110,6 +113,10 @@ def step_flops(config: Config, plan: Plan, batch: Interleaved | Pairs) -> dict[s
             flops[part] += forward * (1 + reached[part] + (path in trainable))
     for part, forward in attention:
         flops[part] += forward * (3 if reached[part] else 1)
+    given = batch.features if isinstance(batch, Interleaved) else Features()
+    for field, pattern in _GIVEN.items():
+        if getattr(given, field) is not None:
+            flops |= {part: 0.0 for part in flops if re.fullmatch(pattern, part)}
     used = {part: count for part, count in flops.items() if count}
     return used | {"total": sum(used.values())}
 

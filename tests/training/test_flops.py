@@ -17,7 +17,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Tuning
-from mmcore_jax.data import layout
+from mmcore_jax.data import features, layout
 from mmcore_jax.data.example import image, text
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.models import mmdit, qwen_vl
@@ -162,7 +162,7 @@ PARTS = {
     "vision_target": ("stage1", lambda m, b: m.target_embeddings(b.images.targets), ()),
     "conditioning": (
         "stage2",
-        lambda m, b, x, visual: m.condition(x, visual, b, no_drop(b)),
+        lambda m, b, x, visual: m.condition(m.text_embeddings(x, b), visual, b, no_drop(b)),
         (hidden, lambda case: jnp.zeros((ROWS, 2, 4, 256))),
     ),
     "dit": (
@@ -187,6 +187,19 @@ def test_forward_of_a_part_is_what_the_compiler_counts(part, dual_layers):
     if part == "conditioning":
         measured /= 2  # the program sends every context token through both pathways
     assert case.flops[part] == pytest.approx(measured, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "spared"),
+    [("stage1", "targets", {"vision_target"}), ("stage2", "conditioning", {"vlm/vision", "vlm/decoder", "connector"})],
+)
+def test_parts_whose_features_a_batch_brings_are_spared(stage, kind, spared):
+    case = load(stage)
+    given = features.empty(ROWS, case.config, [kind])
+    found = flops.step_flops(case.config, case.plan, case.batch._replace(features=given))
+    kept = {part: count for part, count in case.flops.items() if part not in {*spared, "total"}}
+    assert spared < set(case.flops)
+    assert found == {**kept, "total": sum(kept.values())}
 
 
 @pytest.mark.usefixtures("every_pair")
