@@ -10,7 +10,7 @@ B rows, L context tokens, S latent tokens, M remembered ones, T timestep slots, 
 P values in a patch, G patches a side of the table of positions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -192,11 +192,9 @@ class JointBlock(nn.Module):
 
         x = x + x_modulation[2] * self._project(x_out, "x")
         if self.dual:
-            shift, scale, gate = x_modulation[6:]
             own = jax.tree.map(lambda field: field[:, y.shape[1] :], (meta, k_meta, code))
-            qkv = self._qkv(_modulate(x_norm, shift, scale), "dual")
-            out, dual = self._attend(*qkv, *own, memory and memory.dual)
-            x = x + gate * self._project(out, "dual")
+            update, dual = self._dual_attention(x_norm, x_modulation[6:], *own, memory and memory.dual)
+            x = x + update
         x = self._feed_forward(x, x_modulation[3:6], "x")
         if not self.context_pre_only:
             y = y + y_modulation[2] * self._project(y_out, "y")
@@ -242,6 +240,14 @@ class JointBlock(nn.Module):
 
     def _project(self, attended: jax.Array, stream: str) -> jax.Array:
         return Dense(self.config.width, ("heads", "embed"), True, self._dtype, name=f"{stream}_out")(attended)
+
+    def _dual_attention(
+        self, x_norm: jax.Array, modulation: list[jax.Array], *rest: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What is added to the latents, and what to remember; `rest` is for `_attend`."""
+        shift, scale, gate = modulation
+        out, own = self._attend(*self._qkv(_modulate(x_norm, shift, scale), "dual"), *rest)
+        return gate * self._project(out, "dual"), own
 
     def _feed_forward(self, x: jax.Array, modulation: list[jax.Array], stream: str) -> jax.Array:
         width, (shift, scale, gate) = self.config.width, modulation
