@@ -1,7 +1,10 @@
 """Text and images in, images out: the sampler behind `sample`, `evaluate` and the pictures during training.
 
 A request is an `Example` whose last segment is the image to generate; the bytes of that segment are not looked at.
-B requests of a batch, I frames of a row, T latent tokens, S patches of an image, P values in a patch.
+Earlier images are clean inputs, whoever made them. They see neither the text nor what is being drawn, so that all steps
+and branches share their keys and values, computed once.
+
+B requests of a batch, I frames of a row, S patches of an image, M = (I - 1) S clean tokens, P values in a patch.
 """
 
 import dataclasses
@@ -17,10 +20,12 @@ from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Item, Picture
+from mmcore_jax.data.layout import ChatFormat, Diffusion, Geometry, Interleaved, Item, Picture
 from mmcore_jax.diffusion import guidance, solver
 from mmcore_jax.mmcore import MMCORE, Forward, Params
-from mmcore_jax.nn import masks
+from mmcore_jax.models.mmdit import Memory
+from mmcore_jax.nn.layers import gather_tokens
+from mmcore_jax.nn.masks import CLEAN, NOISED, PAD
 from mmcore_jax.nn.patches import unpatchify
 
 # Token budgets are rounded up to multiples of this, so that few shapes are compiled.
@@ -33,8 +38,8 @@ class Generator:
     def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
         self._model = model
         self._sizes = layout.geometry(config.model, config.data)
-        self._format = layout.ChatFormat(tokenizer)
-        self._denoise = jax.jit(functools.partial(_denoise, model))
+        self._format = ChatFormat(tokenizer)
+        self._denoise = jax.jit(functools.partial(denoise, model))
 
     def __call__(
         self,
@@ -54,8 +59,8 @@ class Generator:
           pathways: what conditions the image: "both", "text" or "visual".
           batch_size: how many are generated at once.
         """
-        items, pictures = zip(*map(self._prepare, requests))
-        budgets = self._budgets(items)
+        items, pictures = zip(*(prepare(request, self._format, self._sizes) for request in requests))
+        budgets = fit(items, self._sizes)
         branches = guidance.branches(pathways, settings.text_scale, settings.visual_scale)
         timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
         batch_size = min(batch_size, len(items))
@@ -63,40 +68,73 @@ class Generator:
         for first in range(0, len(items), batch_size):
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
             batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, self._sizes)
-            outputs = self._denoise(params, batch, _last_image(batch), branches, jax.random.key(seed), timesteps)
+            outputs = self._denoise(params, *split(batch), branches, jax.random.key(seed), timesteps)
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
-    def _prepare(self, request: Example) -> tuple[Item, list[Picture]]:
-        """A request as tokens, and the images that it gives; the image to come starts blank."""
-        try:
-            item = layout.make_item(request, self._format, self._sizes)
-            return item, [layout.picture(frame, self._sizes) for frame in item.frames[:-1]] + [Picture()]
-        except BadExample as bad:
-            raise UserError(f"an input image of {request['id']!r} cannot be used: {bad}.") from bad
 
-    def _budgets(self, items: list[Item]) -> Budgets:
-        most = np.max([layout.lengths(item, self._sizes) for item in items], axis=0)
-        budgets = Budgets(*(int(count) for count in most))
-        return dataclasses.replace(
-            budgets,
-            vlm_tokens=-(-budgets.vlm_tokens // ROUNDING) * ROUNDING,
-            context_tokens=-(-budgets.context_tokens // ROUNDING) * ROUNDING,
-        )
+# --- Requests to batches ----------------------------------------------------------------------------------------------
 
 
-def _denoise(
+def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, list[Picture]]:
+    """A request as tokens, and the images that it gives; the image to come starts blank.
+
+    Raises:
+      UserError: if an image cannot be used.
+    """
+    try:
+        item = layout.make_item(request, chat, sizes)
+        *inputs, last = item.frames
+        inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
+        pictures = [layout.picture(frame, sizes) for frame in inputs]
+    except BadExample as bad:
+        raise UserError(f"an input image of {request['id']!r} cannot be used: {bad}.") from bad
+    item.frames = [*inputs, last]
+    return item, [*pictures, Picture()]
+
+
+def fit(items: Sequence[Item], sizes: Geometry) -> Budgets:
+    """Budgets of rows that hold any one of the items."""
+    most = np.max([layout.lengths(item, sizes) for item in items], axis=0)
+    budgets = Budgets(*(int(count) for count in most))
+    return dataclasses.replace(
+        budgets,
+        vlm_tokens=-(-budgets.vlm_tokens // ROUNDING) * ROUNDING,
+        context_tokens=-(-budgets.context_tokens // ROUNDING) * ROUNDING,
+    )
+
+
+def split(batch: Interleaved) -> tuple[Interleaved, Diffusion]:
+    """The batch with the noised latent tokens `[B, S]` alone, and the clean ones `[B, M]`, which end in padding."""
+    part, images = batch.diffusion, batch.images.generated.shape[1]
+    size = part.latent_source.shape[1] // images
+    return batch._replace(diffusion=_keep(part, NOISED, size)), _keep(part, CLEAN, (images - 1) * size)
+
+
+def _keep(part: Diffusion, kind: int, length: int) -> Diffusion:
+    """The latent tokens of one kind, in their order, then padding up to `length`."""
+    meta = part.latent_meta
+    order = np.argsort(meta.kind != kind, axis=1, kind="stable")[:, :length]
+    meta = meta._replace(kind=np.where(meta.kind == kind, kind, PAD))
+    meta, source = jax.tree.map(lambda field: np.take_along_axis(field, order, axis=1), (meta, part.latent_source))
+    return part._replace(latent_meta=meta, latent_source=source)
+
+
+# --- Batches to images ------------------------------------------------------------------------------------------------
+
+
+def denoise(
     model: MMCORE,
     params: Params,
     batch: Interleaved,
-    last: jax.Array,
+    clean: Diffusion,
     branches: guidance.Branches,
     key: jax.Array,
     timesteps: jax.Array,
 ) -> jax.Array:
     """Integrates the guided flow over `timesteps`; returns the last image of each row, float32 in [0, 1].
 
-    `last` holds the tokens of that image, `[B, S]`.
+    `batch` and `clean` are from `split`.
     """
     forward = Forward(model, params, batch)
     shape = batch.images.generated.shape
@@ -107,43 +145,37 @@ def _denoise(
 
     conditions = [condition(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)]
     conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *conditions)
-    clean = forward.latents
+
+    def tokens(patches: jax.Array, part: Diffusion) -> jax.Array:
+        return gather_tokens(patches.reshape(shape[0], -1, patches.shape[-1]), part.latent_source)
+
+    latents = forward.latents
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
-    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
-    tokens = integrate(
-        forward.model, conditions, branches, forward.model.latent_tokens(clean, noise, batch), batch, timesteps
-    )
+    noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta)
+    drawn = integrate(forward.model, conditions, branches, tokens(noise, batch.diffusion), batch, timesteps, memory)
     size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
-    patches = tokens[jnp.arange(tokens.shape[0])[:, None], last]
-    return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))
+    return forward.model.autoencoder.decode(unpatchify(drawn, model.config.dit.patch_size, size, size))
 
 
 def integrate(
     model: MMCORE,
     conditions: Condition,
     branches: guidance.Branches,
-    tokens: jax.Array,
+    noise: jax.Array,
     batch: Interleaved,
     timesteps: jax.Array,
+    memory: Memory | None = None,
 ) -> jax.Array:
-    """Carries the noised ones of `tokens` `[B, T, P]` along the guided flow, over `timesteps`.
+    """Carries noised tokens, from `noise` `[B, S, P]`, along the guided flow, over `timesteps`.
 
-    `conditions` has a leading axis of branches; `model` is bound to its parameters.
+    `conditions` has a leading axis of branches; `model` is bound to its parameters; `memory` is of the clean tokens.
     """
     shape = batch.images.generated.shape
-    is_noised = (batch.diffusion.latent_meta.kind == masks.NOISED)[..., None]
 
     def velocity(tokens: jax.Array, t: jax.Array) -> jax.Array:
         t = jnp.full(shape, t)
-        velocities = jax.vmap(lambda condition: model.velocity(tokens, condition, t, batch))(conditions)
-        return is_noised * guidance.combine(velocities, branches.weight)
+        velocities = jax.vmap(lambda condition: model.velocity(tokens, condition, t, batch, memory))(conditions)
+        return guidance.combine(velocities, branches.weight)
 
-    return solver.euler(velocity, tokens, timesteps)
-
-
-def _last_image(batch: Interleaved) -> np.ndarray:
-    """Where the noised tokens of each row's last image stand, `[B, S]`."""
-    meta = batch.diffusion.latent_meta
-    noised = meta.kind == masks.NOISED
-    last = np.where(noised, meta.frame, -1).max(axis=1, keepdims=True)
-    return np.stack([np.flatnonzero(row) for row in noised & (meta.frame == last)])
+    return solver.euler(velocity, noise, timesteps)

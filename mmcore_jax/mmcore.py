@@ -26,11 +26,12 @@ from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.diffusion import flow
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.models.autoencoder import make_autoencoder
-from mmcore_jax.models.mmdit import MMDiTModel, Slots
+from mmcore_jax.models.mmdit import Memory, MMDiTModel, Slots
 from mmcore_jax.models.qwen_vl import QwenVLModel
 from mmcore_jax.models.siglip import SiglipModel
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.layers import gather_tokens
+from mmcore_jax.nn.masks import TokenMeta
 from mmcore_jax.nn.patches import average_pool, patchify
 
 Params = dict[str, Any]
@@ -132,20 +133,30 @@ class MMCORE(nn.Module):
         both = both.reshape(both.shape[0], -1, both.shape[-1])
         return gather_tokens(both, source + jnp.where(meta.kind == masks.NOISED, both.shape[1] // 2, 0))
 
-    def velocity(self, tokens: jax.Array, condition: Condition, t: jax.Array, batch: Interleaved) -> jax.Array:
+    def remember(self, tokens: jax.Array, meta: TokenMeta) -> Memory:
+        """What clean tokens `[B, M, P]` are to noised ones: the same at every timestep and under every condition."""
+        t = jnp.zeros((tokens.shape[0], 1))
+        width = self.config.dit.pooled_width
+        return self.dit.remember(tokens, t, meta, masks.block_causal, jnp.zeros((*t.shape, width)) if width else None)
+
+    def velocity(
+        self, tokens: jax.Array, condition: Condition, t: jax.Array, batch: Interleaved, memory: Memory | None = None
+    ) -> jax.Array:
         """The velocity of every latent token, float32 `[B, T, P]`.
 
         Args:
           tokens: `[B, T, P]`.
           condition: of every frame.
           t: `[B, I]`, timestep of each frame's noised copy; clean copies are at 0, and see no pooled condition.
+          batch: says what the tokens are.
+          memory: of clean tokens that are not among `tokens`.
         """
         part, meta = batch.diffusion, batch.diffusion.latent_meta
         timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
         slots = Slots(part.context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
         pooled = None if condition.pooled is None else jnp.pad(condition.pooled, ((0, 0), (0, 1), (0, 0)))
         prediction = self.dit(
-            tokens, condition.context, timesteps, slots, meta, part.context_meta, masks.block_causal, pooled
+            tokens, condition.context, timesteps, slots, meta, part.context_meta, masks.block_causal, pooled, memory
         )
         t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
         return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)

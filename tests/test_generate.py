@@ -1,30 +1,72 @@
-"""Sampling through all rooms, on random weights."""
+"""Sampling through all rooms, on random weights: what is reused between steps changes nothing."""
+
+import functools
+import itertools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmcore_jax.bridge.conditioning import Drop
+from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.text import load_tokenizer
-from mmcore_jax.generate import Generator
-from mmcore_jax.mmcore import MMCORE
+from mmcore_jax.diffusion import flow, guidance, solver
+from mmcore_jax.generate import Generator, denoise, fit, prepare, split
+from mmcore_jax.mmcore import MMCORE, Forward
+from mmcore_jax.nn import attention
+from mmcore_jax.nn.layers import gather_tokens
+from mmcore_jax.nn.masks import NOISED
+from mmcore_jax.nn.patches import unpatchify
 from tests import tiny
+
+PICTURES = [tiny.drawing(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]
+NETWORKS = {
+    "looped": ["model.dit.depth=4", "model.dit.dual_layers=2"],
+    "unrolled": ["model.dit.depth=4", "model.dit.dual_layers=2", "execution.scan_layers=False"],
+    "blockwise": ["model.dit.pooled_width=0", "model.dit.position=rotary", "execution.attention=blockwise"],
+}
 
 
 @pytest.fixture(scope="module")
-def generate(tmp_path_factory):
-    """Images of requests, by a tiny stage 2 of which every parameter is random."""
-    config = tiny.config("stage2", tiny.write_dataset(tmp_path_factory.mktemp("data")), "--config.sampling.steps=2")
+def data(tmp_path_factory):
+    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def load(data, *overrides):
+    """A tiny stage 2 of which every parameter is random: zero-initialised ones would hide everything."""
+    config = tiny.config("stage2", data, "--config.sampling.steps=2", *(f"--config.{each}" for each in overrides))
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), layout.placeholder(config)))["params"]
     params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
-    return lambda *requests: generator(params, requests, config.sampling).astype(int)
+    params["dit"]["out"] = jax.tree.map(lambda leaf: leaf / 5, params["dit"]["out"])  # most colours are not clipped
+    return config, model, params
 
 
-def test_text_alone(generate):
+def request(inputs, words="make it red"):
+    """Draws after the words, from the images `inputs`."""
+    segments = [*map(example_lib.image, inputs), example_lib.text(words), example_lib.image(b"to come", generate=True)]
+    return {"id": words, "task": "test", "segments": segments}
+
+
+def batch_of(config, requests):
+    """One request a row."""
+    chat = layout.ChatFormat(load_tokenizer(config.data.tokenizer))
+    sizes = layout.geometry(config.model, config.data)
+    rows = [[prepare(one, chat, sizes)] for one in requests]
+    return layout.assemble(rows, 0, fit([item for [(item, _)] in rows], sizes), sizes)
+
+
+def test_text_alone(data):
     """A batch without an input image has no vision patches; each image is that of a batch which has some."""
+    config, model, params = load(data)
+    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
+
+    def generate(*requests):
+        return generator(params, requests, config.sampling).astype(int)
+
     tasks = tiny.examples()
     first, second, edit = tasks["text_to_image"][0], tasks["text_to_image"][1], tasks["edit_colour"][0]
     alone = generate(first, second)
@@ -34,3 +76,114 @@ def test_text_alone(generate):
     mixed = generate(first, second, edit)
     assert np.abs(alone - mixed[:2]).max() <= 1
     assert np.abs(mixed[0] - mixed[1]).max() > 10
+
+
+# --- Reuse ------------------------------------------------------------------------------------------------------------
+
+
+def plain(model, params, batch, branches, key, timesteps):
+    """What `denoise` returns, where every step and branch runs all tokens."""
+    forward, shape = Forward(model, params, batch), batch.images.generated.shape
+    clean = forward.model.latents(batch.images.pixels)
+    noise = [jax.random.normal(jax.random.fold_in(key, row), clean.shape[1:]) for row in batch.row]
+    tokens = forward.model.latent_tokens(clean, jnp.stack(noise), batch)
+    noised = batch.diffusion.latent_meta.kind == NOISED
+
+    @jax.jit
+    def conditions(params):
+        forward = Forward(model, params, batch)
+        drops = [Drop(*(jnp.full(shape, dropped) for dropped in each)) for each in zip(*branches[:2])]
+        states = forward.hidden_states, forward.visual_embeddings
+        return [forward.model.condition(*states, batch, drop) for drop in drops]
+
+    @jax.jit
+    def velocity(params, tokens, condition, t):
+        return model.apply({"params": params}, tokens, condition, jnp.full(shape, t), batch, method="velocity")
+
+    for now, later in itertools.pairwise(timesteps):
+        velocities = [velocity(params, tokens, condition, now) for condition in conditions(params)]
+        guided = sum(weight * each for weight, each in zip(branches.weight, velocities))
+        tokens += (later - now) * noised[..., None] * guided
+    patches = jnp.stack([row[chosen] for row, chosen in zip(tokens, noised)])
+    size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
+    return forward.model.autoencoder.decode(unpatchify(patches, model.config.dit.patch_size, size, size))
+
+
+def of_another_request(remember):
+    return lambda self, tokens, meta: remember(self, jnp.roll(tokens, 1, axis=0), meta)
+
+
+def left_out(remember):
+    return lambda *given: None
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_reuse_changes_no_picture(data, network, monkeypatch):
+    """Nor the mixture of a batch: requests give 1, 0, 4 and 2 images."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    config, model, params = load(data, *NETWORKS[network])
+    counts = np.array([1, 0, 4, 2])
+    batch = batch_of(config, [request(PICTURES[count : 2 * count]) for count in counts])
+    inputs = guidance.branches("both", 2.0, 1.5), jax.random.key(3), solver.timesteps(3, 3.0, "trailing")
+
+    def differences():
+        """Of each row, the largest."""
+        images = jax.jit(functools.partial(denoise, model))(params, *split(batch), *inputs)  # traced each time
+        return np.abs(images - expected).max(axis=(1, 2, 3))
+
+    expected = plain(model, params, batch, *inputs)
+    assert ((expected > 0) & (expected < 1)).mean() > 0.5
+    assert differences().max() < 1e-4
+    for broken in (of_another_request, left_out):
+        with monkeypatch.context() as patch:
+            patch.setattr(MMCORE, "remember", broken(MMCORE.remember))
+            found = differences()
+        assert (found[counts > 0] > 0.01).all()
+        assert (found[counts == 0] < 1e-4).all()
+
+
+def test_training_is_sampling(data):
+    """Frames of a document that are trained at once have the velocities of frames that are asked for one by one."""
+    config, model, params = load(data, *NETWORKS["looped"])
+    segments = [example_lib.image(PICTURES[0])]
+    for number in range(1, 4):
+        segments += [example_lib.text(f"number {number}"), example_lib.image(PICTURES[number], generate=True)]
+    document = {"id": "four", "task": "test", "segments": segments}
+    chat = layout.ChatFormat(load_tokenizer(config.data.tokenizer))
+    sizes = layout.geometry(config.model, config.data)
+    item = layout.make_item(document, chat, sizes)
+    pictures = [layout.picture(frame, sizes) for frame in item.frames]
+    batch = layout.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
+    t = jnp.array([[0.0, 0.9, 0.6, 0.3]])
+
+    def condition(forward, batch):
+        nothing = jnp.zeros(batch.images.generated.shape, bool)
+        states = forward.hidden_states, forward.visual_embeddings
+        return forward.model.condition(*states, batch, Drop(nothing, nothing))
+
+    @jax.jit
+    def trained(params):
+        forward = Forward(model, params, batch)
+        clean = forward.model.latents(batch.images.pixels)
+        noised = flow.interpolate(clean, jax.random.normal(jax.random.key(0), clean.shape), t[..., None, None])
+        tokens = forward.model.latent_tokens(clean, noised, batch)
+        return noised[0, 1:], forward.model.velocity(tokens, condition(forward, batch), t, batch)
+
+    @jax.jit
+    def sampled(params, tokens):
+        whole = batch_of(config, [{**document, "segments": segments[:end]} for end in (3, 5, 7)])
+        batch, clean = split(whole)
+        forward = Forward(model, params, batch)
+        latents = forward.model.latents(batch.images.pixels)
+        latents = gather_tokens(latents.reshape(3, -1, latents.shape[-1]), clean.latent_source)
+        given = condition(forward, batch), jnp.tile(t, (3, 1)), batch
+        memory = forward.model.remember(latents, clean.latent_meta)
+        return [forward.model.velocity(tokens, *given, memory=each) for each in (memory, None)]
+
+    noised, velocities = trained(params)
+    meta = batch.diffusion.latent_meta
+    expected = np.stack([velocities[(meta.kind == NOISED) & (meta.frame == frame)] for frame in (1, 2, 3)])
+    found, forgetful = sampled(params, noised)
+    assert (expected.std(axis=(1, 2)) > 0.1).all()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert (np.abs(forgetful - expected).max(axis=(1, 2)) > 0.01).all()

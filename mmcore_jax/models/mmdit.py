@@ -3,12 +3,14 @@
 Two streams, context (text and visual embeddings) and latents, with their own weights and one joint attention;
 adaLN-zero modulation from the timestep of the frame that a token belongs to. Published members: SD3-medium (no QK
 norm), SD3.5-medium (`dual_layers` 13: its first blocks also attend among the latents alone) and SD3.5-large.
+Latents that see neither the context nor the other latents can run once, alone, and be remembered: what others need of
+them is keys and values.
 
-B rows, L context tokens, S latent tokens, T timestep slots, D width, H heads, C channels per head, P values in a patch,
-G patches a side of the table of positions.
+B rows, L context tokens, S latent tokens, M remembered ones, T timestep slots, D width, H heads, C channels per head,
+P values in a patch, G patches a side of the table of positions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,13 +36,26 @@ class Slots(NamedTuple):
     latents: jax.Array
 
 
+class Remembered(NamedTuple):
+    """Keys and values `[B, M, H, C]` of both attentions of a block; those of a stack have a leading layer axis."""
+
+    joint: tuple[jax.Array, jax.Array]
+    dual: tuple[jax.Array, jax.Array] | None
+
+
+class Memory(NamedTuple):
+    """Latent tokens that need not run again: their metadata `[B, M]`, and what each stack of blocks remembers."""
+
+    meta: TokenMeta
+    blocks: dict[str, Remembered]
+
+
 class MMDiTModel(nn.Module):
     """Predicts the velocity or x_0 (`config.prediction`) of every latent token."""
 
     config: MMDiT
     execution: Execution
 
-    @nn.compact
     def __call__(
         self,
         latents: jax.Array,
@@ -51,6 +66,7 @@ class MMDiTModel(nn.Module):
         context_meta: TokenMeta,
         rule: Rule,
         pooled: jax.Array | None = None,
+        memory: Memory | None = None,
     ) -> jax.Array:
         """Returns float32 `[B, S, P]`.
 
@@ -62,10 +78,45 @@ class MMDiTModel(nn.Module):
           latent_meta, context_meta: metadata; rows and columns are relative to the image centre.
           rule: who may attend to whom.
           pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
+          memory: more latent tokens to attend to, from `remember`.
 
         Raises:
           UserError: if the sizes of the config do not fit each other.
         """
+        return self._run(latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, memory)[0]
+
+    def remember(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        latent_meta: TokenMeta,
+        rule: Rule,
+        pooled: jax.Array | None = None,
+    ) -> Memory:
+        """Runs latents that see no context and no other latents; arguments as above, but with one timestep slot."""
+        context = jnp.zeros((latents.shape[0], 0, self.config.context_width))
+        context_meta = jax.tree.map(lambda field: field[:, :0], latent_meta)
+        slots = Slots(context_meta.frame, jnp.zeros_like(latent_meta.frame))
+        blocks = self._run(
+            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, remembers=True
+        )[1]
+        return Memory(latent_meta, blocks)
+
+    @nn.compact
+    def _run(
+        self,
+        latents: jax.Array,
+        context: jax.Array,
+        timesteps: jax.Array,
+        slots: Slots,
+        latent_meta: TokenMeta,
+        context_meta: TokenMeta,
+        rule: Rule,
+        pooled: jax.Array | None,
+        memory: Memory | None,
+        remembers: bool = False,
+    ) -> tuple[jax.Array, dict[str, Remembered | None]]:
+        """The prediction, and what each stack of blocks `remembers`."""
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         _check(c)
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
@@ -77,19 +128,22 @@ class MMDiTModel(nn.Module):
         meta = masks.concatenate(context_meta, latent_meta)
         code = rotary.grid(meta.row, meta.col, c.width // c.heads) if "rotary" in c.position else None
         x, y = constrain(x, "batch", "length", None), constrain(y, "batch", None, None)
-        shared = (condition, slots, meta, code)
-        fields = {"config": c, "rule": rule}
+        given, kept, k_meta = {}, {}, meta
+        if memory:
+            given, k_meta = memory.blocks, masks.concatenate(meta, memory.meta)
+        shared = (condition, slots, meta, k_meta, code)
+        fields = {"config": c, "rule": rule, "remembers": remembers}
         for name, depth, dual in (("dual_blocks", c.dual_layers, True), ("blocks", c.depth - 1 - c.dual_layers, False)):
             if depth:
-                x, y = stack(JointBlock, depth, self.execution, name, dual=dual, **fields)((x, y), None, *shared)
-        (x, _), _ = JointBlock(**fields, execution=self.execution, context_pre_only=True, name="last_block")(
-            (x, y), None, *shared
-        )
+                blocks = stack(JointBlock, depth, self.execution, name, dual=dual, **fields)
+                (x, y), kept[name] = blocks((x, y), given.get(name), *shared)
+        last_block = JointBlock(**fields, execution=self.execution, context_pre_only=True, name="last_block")
+        (x, _), kept["last_block"] = last_block((x, y), given.get("last_block"), *shared)
 
         shift, scale = Modulation(c.width, 2, dtype, name="norm_out")(condition, slots.latents)
         x = _modulate(LayerNorm(affine=False)(x), shift, scale)
         values = c.patch_size**2 * c.latent_channels
-        return Dense(values, ("embed", None), True, dtype, _ZEROS, name="out")(x).astype(jnp.float32)
+        return Dense(values, ("embed", None), True, dtype, _ZEROS, name="out")(x).astype(jnp.float32), kept
 
     def _condition(self, timesteps: jax.Array, pooled: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
         width = self.config.width
@@ -103,6 +157,7 @@ class JointBlock(nn.Module):
     """One joint block. The carry is (latents, context); a `context_pre_only` block leaves the context as it is.
 
     A `dual` block has a second attention, among the latents alone, on its own modulation of the same layer norm.
+    A block that `remembers` returns its keys and values. One that is given them, as `memory`, attends to them too.
     """
 
     config: MMDiT
@@ -110,12 +165,20 @@ class JointBlock(nn.Module):
     rule: Rule
     context_pre_only: bool = False
     dual: bool = False
+    remembers: bool = False
 
     @nn.compact
     def __call__(
-        self, carry: tuple, layer: None, condition: jax.Array, slots: Slots, meta: TokenMeta, code: tuple | None
-    ) -> tuple[tuple, None]:
-        x, y = carry
+        self,
+        carry: tuple,
+        memory: Remembered | None,
+        condition: jax.Array,
+        slots: Slots,
+        meta: TokenMeta,
+        k_meta: TokenMeta,
+        code: tuple | None,
+    ) -> tuple[tuple, Remembered | None]:
+        (x, y), dual = carry, None
         x_norm, x_modulation = self._normalise(x, 9 if self.dual else 6, condition, slots.latents, "x")
         y_norm, y_modulation = self._normalise(y, 2 if self.context_pre_only else 6, condition, slots.context, "y")
         # Context first, as in the original SD3; with metadata the order has no meaning.
@@ -123,18 +186,21 @@ class JointBlock(nn.Module):
             self._qkv(_modulate(y_norm, *y_modulation[:2]), "y"),
             self._qkv(_modulate(x_norm, *x_modulation[:2]), "x"),
         )
-        out = self._attend(*(jnp.concatenate(pair, axis=1) for pair in zip(*streams)), meta, code)
+        qkv = (jnp.concatenate(pair, axis=1) for pair in zip(*streams))
+        out, joint = self._attend(*qkv, meta, k_meta, code, memory and memory.joint)
         y_out, x_out = out[:, : y.shape[1]], out[:, y.shape[1] :]
 
         x = x + x_modulation[2] * self._project(x_out, "x")
         if self.dual:
-            own = jax.tree.map(lambda field: field[:, y.shape[1] :], (meta, code))
-            x = x + self._dual_attention(x_norm, x_modulation[6:], *own)
+            own = jax.tree.map(lambda field: field[:, y.shape[1] :], (meta, k_meta, code))
+            update, dual = self._dual_attention(x_norm, x_modulation[6:], *own, memory and memory.dual)
+            x = x + update
         x = self._feed_forward(x, x_modulation[3:6], "x")
         if not self.context_pre_only:
             y = y + y_modulation[2] * self._project(y_out, "y")
             y = self._feed_forward(y, y_modulation[3:6], "y")
-        return (constrain(x, "batch", "length", None), constrain(y, "batch", None, None)), None
+        carry = constrain(x, "batch", "length", None), constrain(y, "batch", None, None)
+        return carry, Remembered(joint, dual) if self.remembers else None
 
     def _normalise(
         self, x: jax.Array, parts: int, condition: jax.Array, slots: jax.Array, stream: str
@@ -154,20 +220,34 @@ class JointBlock(nn.Module):
         q = RMSNorm(gain=c.query_gain, name=f"{stream}_q_norm")(q)
         return q, RMSNorm(name=f"{stream}_k_norm")(k), v
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, meta: TokenMeta, code: tuple | None) -> jax.Array:
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        meta: TokenMeta,
+        k_meta: TokenMeta,
+        code: tuple | None,
+        memory: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What is attended to, and what to remember; `k_meta` is of the tokens, then of the memory."""
         if code is not None:
             q, k = rotary.rotate(q, *code), rotary.rotate(k, *code)
-        return merge_heads(attention(q, k, v, meta, meta, self.rule, self.execution.attention))
+        own = k, v
+        if memory is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, memory))
+        return merge_heads(attention(q, k, v, meta, k_meta, self.rule, self.execution.attention)), own
 
     def _project(self, attended: jax.Array, stream: str) -> jax.Array:
         return Dense(self.config.width, ("heads", "embed"), True, self._dtype, name=f"{stream}_out")(attended)
 
     def _dual_attention(
-        self, x_norm: jax.Array, modulation: list[jax.Array], meta: TokenMeta, code: tuple | None
-    ) -> jax.Array:
+        self, x_norm: jax.Array, modulation: list[jax.Array], *rest: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """What is added to the latents, and what to remember; `rest` is for `_attend`."""
         shift, scale, gate = modulation
-        attended = self._attend(*self._qkv(_modulate(x_norm, shift, scale), "dual"), meta, code)
-        return gate * self._project(attended, "dual")
+        out, own = self._attend(*self._qkv(_modulate(x_norm, shift, scale), "dual"), *rest)
+        return gate * self._project(out, "dual"), own
 
     def _feed_forward(self, x: jax.Array, modulation: list[jax.Array], stream: str) -> jax.Array:
         width, (shift, scale, gate) = self.config.width, modulation

@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         code = rotary.mrope(positions, c.mrope_section, c.rope_theta)
         x = constrain(x, "batch", "length", None)
         blocks = stack(DecoderBlock, c.depth, self.execution, "blocks", config=c)
-        x, cache = blocks((x, cache), jnp.arange(c.depth), meta, code)
+        (x, cache), _ = blocks((x, cache), jnp.arange(c.depth), meta, code)
         return RMSNorm(c.rms_norm_eps, name="norm")(x), cache
 
 
@@ -348,7 +348,7 @@ class VisionTower(nn.Module):
         x = Dense(c.width, (None, "embed"), False, dtype, name="patch_embed")(patches)
         code = rotary.grid(meta.row, meta.col, c.width // c.heads)
         full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
-        x = stack(VisionBlock, c.depth, self.execution, "blocks", config=c)(x, full, meta, code)
+        x, _ = stack(VisionBlock, c.depth, self.execution, "blocks", config=c)(x, full, meta, code)
         return Merger(c, self.out_width, self.execution, name="merger")(x)
 
 

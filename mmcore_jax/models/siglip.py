@@ -92,7 +92,7 @@ class SiglipVisionTower(nn.Module):
             valid = jnp.arange(x.shape[1]) < jnp.prod(grids, axis=1)[:, None]
         x = x + positions.astype(dtype)
         meta = masks.plain_meta(valid)
-        x = stack(Block, c.depth, self.execution, "blocks", config=c, eps=self.eps)(x, None, meta)
+        x, _ = stack(Block, c.depth, self.execution, "blocks", config=c, eps=self.eps)(x, None, meta)
         x = LayerNorm(self.eps, name="norm")(x)
         return x, PoolingHead(c, self.eps, self.execution, name="head")(x, meta)
 
@@ -113,7 +113,7 @@ class SiglipTextTower(nn.Module):
         positions = self.param("positions", parameter(init, None, "embed"), (c.max_length, c.width))
         x = (embedding[tokens] + positions[: tokens.shape[1]]).astype(dtype)
         meta = masks.plain_meta(valid)
-        x = stack(Block, c.depth, self.execution, "blocks", config=c, eps=self.eps)(x, None, meta)
+        x, _ = stack(Block, c.depth, self.execution, "blocks", config=c, eps=self.eps)(x, None, meta)
         x = LayerNorm(self.eps, name="norm")(x)
         last = jnp.sum(valid, axis=1) - 1
         return Dense(self.projection, ("embed", None), True, dtype, name="head")(x[jnp.arange(x.shape[0]), last])

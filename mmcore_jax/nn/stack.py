@@ -18,14 +18,15 @@ _POLICIES = {
 
 
 def stack(block: type[nn.Module], depth: int, execution: Execution, name: str, **fields: Any) -> Callable[..., Any]:
-    """Returns `(carry, layers, *shared) -> carry`, which applies `depth` copies of `block(execution=..., **fields)`.
+    """Returns `(carry, layers, *shared) -> (carry, outputs)`, which applies `depth` copies of a block.
 
     Args:
-      block: its signature is `(carry, layer, *shared) -> (carry, None)`. `layer` is its slice of `layers`, a tree of
-        arrays with a leading layer axis (or None); `shared` is the same for every layer.
+      block: its signature is `(carry, layer, *shared) -> (carry, output)`. `layer` is its slice of `layers`, `output`
+        that of `outputs`, trees of arrays with a leading layer axis (or None); `shared` is the same for every layer.
       depth: number of copies.
       execution: says whether to loop or to unroll, and what the backward pass recomputes.
       name: of the stack in the parameter tree.
+      fields: of the block, beside `execution`.
     """
     if execution.remat != "none":
         block = nn.remat(block, policy=_POLICIES[execution.remat], prevent_cse=not execution.scan_layers)
@@ -40,6 +41,6 @@ def stack(block: type[nn.Module], depth: int, execution: Execution, name: str, *
             unroll=1 if execution.scan_layers else depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(name=name, execution=execution, **fields)(carry, layers, *shared)[0]
+        return scanned(name=name, execution=execution, **fields)(carry, layers, *shared)
 
     return apply

@@ -159,8 +159,8 @@ def test_sizes_up_to_the_whole_table(size):
 def second_attention_after_the_first_modulation(monkeypatch):
     real = mmdit.JointBlock._dual_attention
 
-    def broken(self, x_norm, modulation, meta, code):
-        return real(self, mmdit._modulate(x_norm, *modulation[:2]), modulation, meta, code)
+    def broken(self, x_norm, modulation, *rest):
+        return real(self, mmdit._modulate(x_norm, *modulation[:2]), modulation, *rest)
 
     monkeypatch.setattr(mmdit.JointBlock, "_dual_attention", broken)
 
