@@ -93,7 +93,7 @@ def plain(model, params, batch, branches, key, timesteps):
     def conditions(params):
         forward = Forward(model, params, batch)
         drops = [Drop(*(jnp.full(shape, dropped) for dropped in each)) for each in zip(*branches[:2])]
-        states = forward.hidden_states, forward.visual_embeddings
+        states = forward.text_embeddings, forward.visual_embeddings
         return [forward.model.condition(*states, batch, drop) for drop in drops]
 
     @jax.jit
@@ -158,7 +158,7 @@ def test_training_is_sampling(data):
 
     def condition(forward, batch):
         nothing = jnp.zeros(batch.images.generated.shape, bool)
-        states = forward.hidden_states, forward.visual_embeddings
+        states = forward.text_embeddings, forward.visual_embeddings
         return forward.model.condition(*states, batch, Drop(nothing, nothing))
 
     @jax.jit
