@@ -142,7 +142,7 @@ class Batches(grain.MapDataset):
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
             return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        given = features.empty(len(rows), self._config, self._weights)
+        given = features.empty(len(rows), self._config, self._weights) if self._weights else None
         return layout.assemble(packed, first, data.budgets, self._reader.shown, given)
 
 
