@@ -260,6 +260,7 @@ def make_config(directory: pathlib.Path, sizes: DataSizes, workers: int, vocabul
             ),
             window=sizes.examples,
             index=str(directory / "index"),
+            features=(),
             workers=workers,
             threads=1,
             bad_record_limit=0.0,
