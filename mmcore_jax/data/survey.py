@@ -85,8 +85,8 @@ def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
     cells = []
     for number, (frame, picture) in enumerate(zip(item.frames, prepared.images)):
         role = "generated" if frame.generate else "given"
-        for part, image in picture._asdict().items():
-            if image is not None:
+        for part in ("vlm", "target", "pixels"):
+            if (image := getattr(picture, part)) is not None:
                 cells.append((image, f"image {number}, {role}, {part} {image.shape[0]} x {image.shape[1]}"))
     width = max([image.shape[1] for image, _ in cells], default=32)
     return [(np.full((1, width, 3), 255, np.uint8), f"{prepared.id}: {text}"), *cells]
