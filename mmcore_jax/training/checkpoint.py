@@ -6,6 +6,7 @@ and their fingerprint. Frozen parameters themselves are not written.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -255,7 +256,7 @@ def _open_run(directory: pathlib.Path, part: str, wanted_by: str) -> _Run:
             f"{directory} has reached step {step} of {config.total_steps}: finish it with {_command_for(directory)}"
         )
     item = "ema" if config.optimizer.ema_decay else "params"
-    return _Run(config, manager, step, item, set(manager.item_metadata(step)[item].tree))
+    return _Run(config, manager, step, item, set(_metadata(directory.absolute(), step)[item].tree))
 
 
 def _lora_of(model: Model, part: str) -> Lora | None:
@@ -293,7 +294,7 @@ def _check_same_network(source: str, part: str, model: Model, found: Any, wanted
 
 
 def _restore_part(manager: ocp.CheckpointManager, step: int, item: str, like: Abstract, wanted_by: str) -> Flat:
-    available = manager.item_metadata(step)[item].tree
+    available = _metadata(manager.directory.parent, step)[item].tree
     for path, expected in like.items():
         shape = tuple(available[path].shape) if path in available else None
         if shape != expected.shape:
@@ -341,7 +342,7 @@ def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
         saved, config = _read_part(directory)
         if part not in (None, saved):
             raise UserError(f"{directory} has the part {saved!r} and not {part!r}.")
-        stored = _reader(directory).item_metadata(0)["params"].tree
+        stored = _metadata(directory.absolute(), 0)["params"].tree
         dtypes = {path.partition("/")[2]: leaf.dtype for path, leaf in stored.items()}
         part, model = saved, _model_of(saved, config)
     else:
@@ -418,11 +419,17 @@ def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
 
 
+@functools.lru_cache(maxsize=32)
+def _metadata(workdir: pathlib.Path, step: int) -> Any:
+    """What a checkpoint holds, which never changes; many parts of one are asked for in turn."""
+    return _reader(workdir).item_metadata(step)
+
+
 def _load_statistics(workdir: pathlib.Path, where: jax.sharding.Sharding) -> Flat:
     """The statistics of the data in a finished run's newest checkpoint."""
     manager = _reader(workdir)
     step = manager.latest_step()
-    found = manager.item_metadata(step)
+    found = _metadata(workdir.absolute(), step)
     if "statistics" not in found.keys():  # noqa: SIM118, not a dict
         return {}
     leaves = found["statistics"].tree.items()
