@@ -160,8 +160,13 @@ class Painter:
 
     @functools.cached_property
     def _generate(self) -> Callable[..., np.ndarray]:
-        config, model, params = load_run(self._workdir)
-        return functools.partial(Generator(config, model, load_tokenizer(self._workdir / "tokenizer")), params)
+        return load_generator(self._workdir)
+
+
+def load_generator(workdir: pathlib.Path) -> Callable[..., np.ndarray]:
+    """The sampler of a finished run: a `Generator` that holds its parameters."""
+    config, model, params = load_run(workdir)
+    return functools.partial(Generator(config, model, load_tokenizer(workdir / "tokenizer")), params)
 
 
 def _draw_one(painter: Painter, job: Job) -> None:

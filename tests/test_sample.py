@@ -1,5 +1,6 @@
 """The door `sample` on a tiny run whose parameters are random."""
 
+import functools
 import io
 import json
 import pathlib
@@ -20,9 +21,16 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return tiny.write_run(tmp_path_factory.mktemp("run"), config)
 
 
+@pytest.fixture(scope="module")
+def load_generator():
+    """What the door loads a run by, which all tests do once."""
+    return functools.cache(sample.load_generator)
+
+
 @pytest.fixture
-def enter(monkeypatch, capsys, workdir):
+def enter(monkeypatch, capsys, workdir, load_generator):
     """Runs the door with arguments and lines of input, and returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sample, "load_generator", load_generator)
 
     def enter(*arguments: object, lines: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sample", f"--workdir={workdir}", *map(str, arguments)])
@@ -105,7 +113,7 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
     """A rerun reads no checkpoint, and other settings are other pictures."""
     arguments = ("--prompt=a red dot", f"--output={tmp_path / 'dot.png'}", "--num=1")
     assert enter(*arguments)[0] == 0
-    monkeypatch.setattr(sample, "load_run", lambda workdir: pytest.fail("the run is loaded"))
+    monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     assert enter(*arguments)[0] == 0
     for change in ("--text_scale=1", "--scale=9", "--steps=1"):
         with pytest.raises(pytest.fail.Exception):
@@ -139,7 +147,7 @@ def test_mistakes(enter, tmp_path, monkeypatch, arguments: list[str], words: lis
     (tmp_path / "a.png").write_bytes(tiny.drawing("red", "dot"))
     many = [{"prompt": "x", "images": ["a.png"] * 3, "output": "many.png"}]
     (tmp_path / "many.json").write_text(json.dumps(many))
-    monkeypatch.setattr(sample, "load_run", lambda workdir: pytest.fail("the run is loaded"))
+    monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     code, _, errors = enter("--output=x.png", *arguments)
     assert code == 2
     assert errors.startswith("error: ")
