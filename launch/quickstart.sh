@@ -40,15 +40,6 @@ train() { # STAGE [ARGUMENTS]
   python -m mmcore_jax.train --config="configs/$1.py:$recipe" --workdir="$workdir" --config.seed="$seed" "${@:2}"
 }
 
-draw() { # NAME PROMPT [ARGUMENTS]
-  local picture="$pictures/$1.png"
-  if [[ -f $picture ]]; then
-    echo "$picture is there."
-  else
-    python -m mmcore_jax.sample "${sampling[@]}" --prompt="$2" --output="$picture" "${@:3}"
-  fi
-}
-
 headline 1/6 "preparing the drawings of OpenMoji"
 python -m mmcore_jax.prepare --dataset openmoji --output data/openmoji
 
@@ -68,8 +59,13 @@ import pathlib, sys
 from mmcore_jax.data.openmoji import load_drawings
 pathlib.Path(sys.argv[1]).write_bytes(load_drawings("data/openmoji")["2764"])
 END
-draw blue-heart "make the heart blue" --image "$pictures/red-heart.png"
-draw water-wave "a water wave"
+cat >"$pictures/requests.json" <<'END'
+[
+  {"prompt": "make the heart blue", "images": ["red-heart.png"], "output": "blue-heart.png"},
+  {"prompt": "a water wave", "output": "water-wave.png"}
+]
+END
+python -m mmcore_jax.sample "${sampling[@]}" --requests="$pictures/requests.json" --output="$pictures"
 
 headline 6/6 "evaluating"
 python -m mmcore_jax.evaluate "${evaluation[@]}"

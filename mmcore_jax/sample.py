@@ -1,92 +1,195 @@
-"""Draws an image from a prompt, or edits images, with a trained stage 2.
+"""Draws images from prompts, or edits images, with a trained stage 2.
 
-python -m mmcore_jax.sample --workdir=WORKDIR --prompt "a red heart" --output heart.png
-python -m mmcore_jax.sample --workdir=WORKDIR --prompt "make the heart blue" --image heart.png --output blue.png
+    python -m mmcore_jax.sample --workdir=WORKDIR --prompt "a red heart" --output heart.png [--num 8]
+    python -m mmcore_jax.sample --workdir=WORKDIR --prompt "make the heart blue" --image heart.png --output blue.png
+    python -m mmcore_jax.sample --workdir=WORKDIR --requests requests.json --output DIR
+    python -m mmcore_jax.sample --workdir=WORKDIR --interactive --output DIR
+
+A picture follows from its request, its seed and the settings alone, whatever else is drawn in the same run. Pictures of
+`--num` and `--requests` that are there already, with the same settings in their metadata, are not drawn again.
 """
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-from PIL import Image, PngImagePlugin
+import numpy as np
 
+from mmcore_jax import __version__
+from mmcore_jax import config as config_lib
 from mmcore_jax.config import UserError, door
-from mmcore_jax.data import example as example_lib
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.generate import Generator
+from mmcore_jax.progress import progress
+from mmcore_jax.sampling import pictures, requests
+from mmcore_jax.sampling.pictures import Settings
+from mmcore_jax.sampling.requests import Job
+from mmcore_jax.sampling.session import Session, read_lines
 from mmcore_jax.training.checkpoint import load_run
 
 
 @door
 def main(argv: Sequence[str]) -> None:
-    """Reads the command line, generates, writes a PNG."""
+    """Reads the command line, draws, writes PNGs."""
     arguments = _parser().parse_args(argv)
-    request = make_request(arguments.prompt, arguments.image)
-    check_output(arguments.output)
-    config, model, params = load_run(arguments.workdir)
-    if config.sampling is None:
-        raise UserError(
-            f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
-        )
-    given = {name: getattr(arguments, name) for name in ("steps", "text_scale", "visual_scale")}
-    settings = dataclasses.replace(
-        config.sampling, **{name: value for name, value in given.items() if value is not None}
-    )
-    generator = Generator(config, model, load_tokenizer(arguments.workdir / "tokenizer"))
-    (image,) = generator(params, [request], settings, arguments.seed)
-    information = PngImagePlugin.PngInfo()
-    for name, value in {"prompt": arguments.prompt, "seed": arguments.seed, **dataclasses.asdict(settings)}.items():
-        information.add_text(name, str(value))
-    picture = Image.fromarray(image)
-    picture = picture.resize(
-        (arguments.scale * picture.width, arguments.scale * picture.height), Image.Resampling.NEAREST
-    )
-    picture.save(arguments.output, pnginfo=information)
-    print(f"{arguments.output}: {arguments.prompt!r}, seed {arguments.seed}, {jax.default_backend()}")
+    _check(arguments)
+    jobs = _jobs(arguments)
+    painter = Painter(arguments)
+    for job in jobs:
+        painter.check(job)
+    if arguments.interactive:
+        _converse(painter, arguments)
+    elif arguments.requests:
+        _draw_missing(painter, jobs, arguments.output / requests.SHEET, [[job] for job in jobs])
+    elif arguments.num:
+        _draw_missing(painter, jobs, requests.sheet_beside(arguments.output), pictures.split_rows(jobs))
+    else:
+        _draw_one(painter, *jobs)
 
 
-def make_request(prompt: str, images: Sequence[pathlib.Path]) -> example_lib.Example:
-    """An example whose last image is to be generated from the images and the prompt.
-
-    Raises:
-      UserError: for an empty prompt or an image that cannot be read.
-    """
-    if not prompt.strip():
-        raise UserError("--prompt is empty: say what to draw.")
-    segments: list = []
-    for path in images:
-        try:
-            segments.append(example_lib.image(path.read_bytes()))
-        except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error.strerror}.") from error
-    segments += [example_lib.text(prompt), example_lib.image(b"to come", generate=True)]
-    return {"id": prompt, "task": "sample", "segments": segments}
-
-
-def check_output(path: pathlib.Path) -> None:
-    """Raises `UserError` before any work is done, if the output cannot be written."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output {path} is not a .png file.")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: the directory {path.parent} does not exist.")
+# --- What is asked for ------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.sample", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a finished stage 2")
-    parser.add_argument("--prompt", required=True, help="a caption, or an instruction for the images")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="a caption, or an instruction for the images")
+    what.add_argument(
+        "--requests",
+        type=pathlib.Path,
+        metavar="JSON",
+        help='a list of {"prompt": ..., "images": [PATH, ...], "output": "NAME.png", "seed": N}; images and seed may '
+        "be left out, paths are relative to the file",
+    )
+    what.add_argument("--interactive", action="store_true", help="a conversation, each turn a picture")
     parser.add_argument("--image", type=pathlib.Path, nargs="*", default=[], help="images to edit or combine")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="a .png file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=pathlib.Path, required=True, help="a .png file, or a directory without --prompt"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--num", type=int, metavar="N", help="draws the prompt with N seeds, into NAME_SEED.png each")
     parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
     parser.add_argument("--text_scale", type=float, help="guidance towards the text; default: the config's")
     parser.add_argument(
         "--visual_scale", type=float, help="guidance towards the visual embeddings; default: the config's"
     )
-    parser.add_argument("--scale", type=int, default=8, help="pixels of the output for each one generated")
+    parser.add_argument(
+        "--scale", type=int, default=8, help="pixels of the output for each one generated (default: %(default)s)"
+    )
     return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for a mistake, before any work is done; makes the directory for the output, if that is one."""
+    for name in ("num", "steps", "scale"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, expected at least 1.")
+    requests.check_seed(arguments.seed, "--seed")
+    if arguments.prompt is not None:
+        pictures.check_output(arguments.output, "--output")
+        return
+    for name in ("image", "num"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} goes with --prompt only.")
+    pictures.make_directory(arguments.output, "--output")
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    if arguments.interactive:
+        return []
+    if arguments.requests:
+        return requests.read_requests(arguments.requests, arguments.output, arguments.seed)
+    request = requests.make_request(arguments.prompt, arguments.image, "--prompt", "--image")
+    job = Job(request, arguments.seed, arguments.output)
+    return requests.number(job, arguments.num) if arguments.num else [job]
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """Draws and saves pictures with a run, which is loaded when the first one is drawn."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Raises `UserError` if the run is no stage 2."""
+        self._workdir, self._scale = arguments.workdir, arguments.scale
+        self.config = config_lib.from_json(self._workdir / "config.json")
+        if self.config.sampling is None:
+            raise UserError(
+                f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
+            )
+        given = {name: getattr(arguments, name) for name in ("steps", "text_scale", "visual_scale")}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._settings = dataclasses.replace(self.config.sampling, **given)
+
+    def check(self, job: Job) -> None:
+        """Raises `UserError` if a request has more images than any example that the run was trained with."""
+        most, given = self.config.data.budgets.images, len(requests.images_of(job.request))
+        if given >= most:
+            raise UserError(
+                f"the request for {job.output} gives {given} images, but with the one to draw {self._workdir} was "
+                f"trained with {most} at most (config.data.budgets.images): give {most - 1} or fewer."
+            )
+
+    def describe(self, job: Job) -> Settings:
+        """What a picture follows from; images by their hash."""
+        images = [hashlib.sha256(image).hexdigest()[:16] for image in requests.images_of(job.request)]
+        description = {"prompt": requests.prompt_of(job.request), "images": " ".join(images), "seed": job.seed}
+        description |= dataclasses.asdict(self._settings)
+        description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self.config.total_steps}
+        description["mmcore_jax"] = __version__
+        return {name: str(value) for name, value in description.items()}
+
+    def paint(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
+        """Draws and saves the picture of each job, and yields it, uint8 `[size, size, 3]`."""
+        for job in jobs:
+            # A call each: in a batch, noise would follow from the position too.
+            image = self._generate([job.request], self._settings, job.seed)[0]
+            pictures.save(job.output, image, self._scale, self.describe(job))
+            yield image
+
+    def load(self) -> None:
+        """Loads the run now."""
+        _ = self._generate
+
+    @functools.cached_property
+    def _generate(self) -> Callable[..., np.ndarray]:
+        return load_generator(self._workdir)
+
+
+def load_generator(workdir: pathlib.Path) -> Callable[..., np.ndarray]:
+    """The sampler of a finished run: a `Generator` that holds its parameters."""
+    config, model, params = load_run(workdir)
+    return functools.partial(Generator(config, model, load_tokenizer(workdir / "tokenizer")), params)
+
+
+def _draw_one(painter: Painter, job: Job) -> None:
+    (_,) = painter.paint([job])
+    print(f"{job.output}: {requests.prompt_of(job.request)!r}, seed {job.seed}, {jax.default_backend()}")
+
+
+def _draw_missing(painter: Painter, jobs: list[Job], sheet: pathlib.Path, rows: Sequence[Sequence[Job]]) -> None:
+    """Draws the jobs whose pictures are not there yet, then a page of `rows` of all of them."""
+    missing = [job for job in jobs if pictures.read_settings(job.output) != painter.describe(job)]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already, drawn with these settings.")
+    for _ in progress(painter.paint(missing), len(missing), "drawing"):
+        pass
+    pictures.save_sheet(sheet, rows, painter.config.data.image_size)
+    print(f"{sheet.parent}: {len(missing)} of {len(jobs)} pictures drawn; all are on {sheet}.")
+
+
+def _converse(painter: Painter, arguments: argparse.Namespace) -> None:
+    painter.load()
+    print(f"{arguments.workdir} is ready; /help says what there is besides prompts.", flush=True)
+    most_images = painter.config.data.budgets.images
+    Session(painter.paint, arguments.output, arguments.seed, most_images).run(read_lines())
 
 
 if __name__ == "__main__":

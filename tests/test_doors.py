@@ -161,20 +161,6 @@ def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
     assert "text_to_image/" in record.read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--prompt= ", "--output=x.png"], ["--prompt is empty"]),
-        (["--prompt=x", "--output=x.jpg"], ["x.jpg", ".png"]),
-        (["--prompt=x", "--output=nowhere/x.png"], ["nowhere", "does not exist"]),
-        (["--prompt=x", "--image", "missing.png", "--output=x.png"], ["missing.png"]),
-        (["--prompt=x", "--output=x.png"], ["config.json does not exist"]),
-    ],
-)
-def test_bad_requests(enter, tmp_path, arguments: list[str], words: list[str]) -> None:
-    check(enter(sample.main, f"--workdir={tmp_path}", *arguments), *words)
-
-
 def test_another_tokenizer_is_noticed(enter, tmp_path) -> None:
     """A stage that starts from a VLM trained with other token ids stops, instead of reading noise."""
     data = tiny.write_dataset(tmp_path / "data")

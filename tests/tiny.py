@@ -9,14 +9,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Config
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data.text import train_tokenizer
+from mmcore_jax.data import layout
+from mmcore_jax.data.text import keep_tokenizer, train_tokenizer
+from mmcore_jax.mmcore import MMCORE
+from mmcore_jax.training.checkpoint import Checkpoints
+from mmcore_jax.training.state import Constants, State
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
@@ -116,6 +123,20 @@ def config(stage: str, data: pathlib.Path, *extra: str, random: bool = True) -> 
     if random:
         given += [f"--config.init.{part}=random" for part in config_lib.load(file).init]
     return config_lib.load(file, given)
+
+
+def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
+    """Writes the workdir of a finished run, whose parameters are random numbers, none of them zero."""
+    model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), layout.placeholder(config)))["params"]
+    params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    checkpoints = Checkpoints(workdir, config)
+    state = State(np.int32(config.total_steps), {}, {}, flatten_dict(params, sep="/"))
+    checkpoints.save(state, Constants({}, {}), config.total_steps, {})
+    checkpoints.wait()
+    (workdir / "config.json").write_text(config.to_json())
+    keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
+    return workdir
 
 
 # PyTorch takes seconds to import, and whoever finds it installed imports it; users of ours need not have it.

@@ -1,0 +1,1 @@
+"""What the door `sample` is made of: requests, the PNG files that they become, and conversations."""
