@@ -475,12 +475,15 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise.
+    """How pictures are made: `steps` of the solver, whose timesteps `timestep_shift` moves towards noise.
+
+    "euler" and "dpm_solver_2m" (DPM-Solver++) evaluate the network once a step, "heun" twice but in the last.
 
     Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
     from 1 to the last timestep of SD3's discrete schedule, and 0 comes after them.
     """
 
+    solver: Literal["euler", "heun", "dpm_solver_2m"]
     steps: int
     text_scale: float
     visual_scale: float
