@@ -156,11 +156,33 @@ class Queries:
 
 
 @dataclasses.dataclass(frozen=True)
-class Connector:
+class LinearConnector:
     """From the VLM's hidden states at the queries to visual embeddings, `width` being the vision target's."""
 
     kind: Literal["linear"]
     width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConnector:
+    """The same behind a transformer encoder over the queries of each image, which may be as wide as the VLM or not."""
+
+    kind: Literal["transformer"]
+    width: int
+    encoder: Tower
+
+    def __post_init__(self) -> None:
+        heads, width = self.encoder.heads, self.encoder.width
+        if heads < 1 or width % (4 * heads):
+            raise UserError(
+                f"config.model.connector.encoder.width {width} must be a multiple of 4 times its {heads} heads, for "
+                "rotary positions of rows and columns."
+            )
+        if self.encoder.depth < 1:
+            raise UserError(
+                f"config.model.connector.encoder.depth is {self.encoder.depth}: give it at least 1 block, or take "
+                "config.model.connector of the kind 'linear'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +250,7 @@ class Model:
 
     vlm: QwenVL | None
     queries: Queries | None
-    connector: Connector | None
+    connector: LinearConnector | TransformerConnector | None
     vision_target: Siglip | None
     dit: MMDiT | None
     autoencoder: Pixels | AutoencoderKL | None
