@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from mmcore_jax.config import UserError, door
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.diffusion.solver import SOLVERS
 from mmcore_jax.generate import Generator
 from mmcore_jax.training.checkpoint import load_run
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
         )
-    given = {name: getattr(arguments, name) for name in ("steps", "text_scale", "visual_scale")}
+    given = {name: getattr(arguments, name) for name in ("solver", "steps", "text_scale", "visual_scale")}
     settings = dataclasses.replace(
         config.sampling, **{name: value for name, value in given.items() if value is not None}
     )
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", type=pathlib.Path, nargs="*", default=[], help="images to edit or combine")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a .png file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--solver", choices=SOLVERS, help="of the flow; default: the config's")
     parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
     parser.add_argument("--text_scale", type=float, help="guidance towards the text; default: the config's")
     parser.add_argument(
