@@ -48,6 +48,12 @@ def _qwen(**sizes: int | bool) -> ConfigDict:
     return ConfigDict(dict(**sizes, **positions, rms_norm_eps=1e-6, vision=vision))
 
 
+def transformer_connector(width: int, depth: int) -> ConfigDict:
+    """A transformer encoder as wide as the VLM, with heads of 64 channels, then the map to SigLIP."""
+    encoder = dict(width=width, depth=depth, heads=width // 64, mlp_width=4 * width)
+    return ConfigDict(dict(kind="transformer", width=SIGLIP_WIDTH, encoder=encoder))
+
+
 def siglip() -> ConfigDict:
     """The vision tower of SigLIP so400m, patches of 14 at 384 pixels: 27 x 27 features."""
     vision = dict(width=SIGLIP_WIDTH, depth=27, heads=16, mlp_width=4304, image_size=384, patch_size=14)

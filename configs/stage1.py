@@ -8,6 +8,7 @@ Everything but the vision target trains: lambda_t next-token + lambda_a alignmen
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: published weights in `checkpoints/` and your shards in `data/` (see README), on
 accelerators; compiled and counted, never trained yet. 64 queries as in the paper, whose score is flat by 50,000 steps;
 it gives no learning rates.
+`qwen25vl3b_frozen`: the VLM frozen under a transformer connector; compiled and counted, never trained yet.
 """
 
 import openmoji
@@ -158,10 +159,21 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
     )
 
 
+def _qwen25vl3b_frozen() -> ConfigDict:
+    """The paper's Table 1 with a connector of 6 layers: nothing but it and the queries trains."""
+    config = _published("qwen25vl3b_frozen", published.qwen_3b(), published.QWEN_3B)
+    config.model.connector = published.transformer_connector(config.model.vlm.width, depth=6)
+    del config.data.sources["understanding"]
+    config.objectives.next_token = None
+    config.tuning = (dict(pattern="(vlm|vision_target)/.*", frozen=True), dict(pattern=".*"))
+    return config
+
+
 RECIPES = {
     "openmoji": _openmoji,
     "smoke": _smoke,
     "lora": _lora,
     "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),
     "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B),
+    "qwen25vl3b_frozen": _qwen25vl3b_frozen,
 }

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import pathlib
 import runpy
 import sys
@@ -49,15 +50,17 @@ def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class AtLeast:
-    """The least value of a setting of the type `Annotated[..., AtLeast(least)]`."""
+class Bounds:
+    """The least and most value of a setting of the type `Annotated[..., Bounds(least, most)]`."""
 
     least: float
+    most: float = math.inf
 
 
-Count = Annotated[int, AtLeast(1)]
-Index = Annotated[int, AtLeast(0)]
-NotNegative = Annotated[float, AtLeast(0)]
+Count = Annotated[int, Bounds(1)]
+Index = Annotated[int, Bounds(0)]
+NotNegative = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
 
 
 # --- The parts --------------------------------------------------------------------------------------------------------
@@ -156,11 +159,33 @@ class Queries:
 
 
 @dataclasses.dataclass(frozen=True)
-class Connector:
+class LinearConnector:
     """From the VLM's hidden states at the queries to visual embeddings, `width` being the vision target's."""
 
     kind: Literal["linear"]
     width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConnector:
+    """The same behind a transformer encoder over the queries of each image, which may be as wide as the VLM or not."""
+
+    kind: Literal["transformer"]
+    width: int
+    encoder: Tower
+
+    def __post_init__(self) -> None:
+        heads, width = self.encoder.heads, self.encoder.width
+        if heads < 1 or width % (4 * heads):
+            raise UserError(
+                f"config.model.connector.encoder.width {width} must be a multiple of 4 times its {heads} heads, for "
+                "rotary positions of rows and columns."
+            )
+        if self.encoder.depth < 1:
+            raise UserError(
+                f"config.model.connector.encoder.depth is {self.encoder.depth}: give it at least 1 block, or take "
+                "config.model.connector of the kind 'linear'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +253,7 @@ class Model:
 
     vlm: QwenVL | None
     queries: Queries | None
-    connector: Connector | None
+    connector: LinearConnector | TransformerConnector | None
     vision_target: Siglip | None
     dit: MMDiT | None
     autoencoder: Pixels | AutoencoderKL | None
@@ -477,15 +502,23 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. `steps` Euler steps; `timestep_shift` moves them towards noise.
+    """How pictures are made: `steps` of the solver, whose timesteps `timestep_shift` moves towards noise.
+
+    "euler" and "dpm_solver_2m" (DPM-Solver++) evaluate the network once a step, "heun" twice but in the last.
 
     Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
     from 1 to the last timestep of SD3's discrete schedule, and 0 comes after them.
+
+    Guidance acts at timesteps within `guidance_interval`; `renormalisation` takes the norm of what is guided back to
+    that of what is not: 0 leaves it, 1 does all of it.
     """
 
+    solver: Literal["euler", "heun", "dpm_solver_2m"]
     steps: int
     text_scale: float
     visual_scale: float
+    guidance_interval: tuple[Share, Share]
+    renormalisation: Share
     timestep_shift: float
     timestep_spacing: Literal["trailing", "linspace"]
 
@@ -624,8 +657,8 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
     if dataclasses.is_dataclass(expected):
         return _convert_dataclass(expected, value, path, file)
     if origin is Annotated:
-        kind, bound = arguments
-        return _within(bound, _convert(kind, value, path, file), path, file)
+        kind, bounds = arguments
+        return _within(bounds, _convert(kind, value, path, file), path, file)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(_member(arguments, value, path, file), value, path, file)
     if origin is Literal:
@@ -648,9 +681,10 @@ def _convert(expected: Any, value: Any, path: str, file: str) -> Any:
     return value
 
 
-def _within(bound: AtLeast, value: Any, path: str, file: str) -> Any:
-    if not value >= bound.least:
-        raise UserError(f"{path} in {file} is {value!r}, expected at least {bound.least}.")
+def _within(bounds: Bounds, value: Any, path: str, file: str) -> Any:
+    if not bounds.least <= value <= bounds.most:
+        expected = f"at least {bounds.least}" if bounds.most == math.inf else f"{bounds.least} to {bounds.most}"
+        raise UserError(f"{path} in {file} is {value!r}, expected {expected}.")
     return value
 
 

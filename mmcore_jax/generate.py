@@ -39,14 +39,14 @@ class Generator:
         self._model = model
         self._sizes = layout.geometry(config.model, config.data)
         self._format = ChatFormat(tokenizer)
-        self._denoise = jax.jit(functools.partial(denoise, model))
+        self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
 
     def __call__(
         self,
         params: Params,
         requests: Sequence[Example],
         settings: Sampling,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         pathways: str = "both",
         batch_size: int = 32,
     ) -> np.ndarray:
@@ -54,21 +54,23 @@ class Generator:
 
         Args:
           params: of all parts of the stage.
-          requests: in any order; the noise of each follows from `seed` and its position.
+          requests: in any order.
           settings: of the sampler.
+          seed: the noise of each request follows from it and from the position; of a seed each, from that alone.
           pathways: what conditions the image: "both", "text" or "visual".
           batch_size: how many are generated at once.
         """
         items, pictures = zip(*(prepare(request, self._format, self._sizes) for request in requests))
         budgets = fit(items, self._sizes)
-        branches = guidance.branches(pathways, settings.text_scale, settings.visual_scale)
+        scales = settings.text_scale, settings.visual_scale
+        branches = guidance.branches(pathways, *scales, keep_conditional=_needs_conditional(settings))
         timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
-        batch_size = min(batch_size, len(items))
+        batch_size, keys = min(batch_size, len(items)), noise_keys(seed, len(items))
         images = []
         for first in range(0, len(items), batch_size):
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
             batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, self._sizes)
-            outputs = self._denoise(params, *split(batch), branches, jax.random.key(seed), timesteps)
+            outputs = self._denoise(params, *split(batch), branches, keys[np.array(chosen)], timesteps, settings)
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
@@ -120,6 +122,13 @@ def _keep(part: Diffusion, kind: int, length: int) -> Diffusion:
     return part._replace(latent_meta=meta, latent_source=source)
 
 
+def noise_keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """Typed keys `[count]`: by position where one `seed` is for all, else of each one's seed, as if it were alone."""
+    if isinstance(seed, int):
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.arange(count))
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(np.array(seed, np.uint32))
+
+
 # --- Batches to images ------------------------------------------------------------------------------------------------
 
 
@@ -129,12 +138,13 @@ def denoise(
     batch: Interleaved,
     clean: Diffusion,
     branches: guidance.Branches,
-    key: jax.Array,
+    keys: jax.Array,
     timesteps: jax.Array,
+    settings: Sampling,
 ) -> jax.Array:
     """Integrates the guided flow over `timesteps`; returns the last image of each row, float32 in [0, 1].
 
-    `batch` and `clean` are from `split`.
+    `batch` and `clean` are from `split`, `keys` `[B]` from `noise_keys`.
     """
     forward = Forward(model, params, batch)
     shape = batch.images.generated.shape
@@ -150,10 +160,10 @@ def denoise(
         return gather_tokens(patches.reshape(shape[0], -1, patches.shape[-1]), part.latent_source)
 
     latents = forward.latents
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
     memory = forward.model.remember(tokens(latents, clean), clean.latent_meta)
-    drawn = integrate(forward.model, conditions, branches, tokens(noise, batch.diffusion), batch, timesteps, memory)
+    noise = tokens(noise, batch.diffusion)
+    drawn = integrate(forward.model, conditions, branches, noise, batch, timesteps, settings, memory)
     size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
     return forward.model.autoencoder.decode(unpatchify(drawn, model.config.dit.patch_size, size, size))
 
@@ -165,6 +175,7 @@ def integrate(
     noise: jax.Array,
     batch: Interleaved,
     timesteps: jax.Array,
+    settings: Sampling,
     memory: Memory | None = None,
 ) -> jax.Array:
     """Carries noised tokens, from `noise` `[B, S, P]`, along the guided flow, over `timesteps`.
@@ -173,9 +184,23 @@ def integrate(
     """
     shape = batch.images.generated.shape
 
-    def velocity(tokens: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.full(shape, t)
-        velocities = jax.vmap(lambda condition: model.velocity(tokens, condition, t, batch, memory))(conditions)
-        return guidance.combine(velocities, branches.weight)
+    def of_branch(condition: Condition, tokens: jax.Array, t: jax.Array) -> jax.Array:
+        return model.velocity(tokens, condition, jnp.full(shape, t), batch, memory)
 
-    return solver.euler(velocity, noise, timesteps)
+    def conditional(tokens: jax.Array, t: jax.Array) -> jax.Array:
+        return of_branch(jax.tree.map(lambda branch: branch[-1], conditions), tokens, t)
+
+    def guided(tokens: jax.Array, t: jax.Array) -> jax.Array:
+        velocities = jax.vmap(of_branch, in_axes=(0, None, None))(conditions, tokens, t)
+        combined = guidance.combine(velocities, branches.weight)
+        if not settings.renormalisation:
+            return combined
+        return guidance.renormalise(combined, velocities[-1], settings.renormalisation)
+
+    everywhere = settings.guidance_interval == (0.0, 1.0)
+    velocity = guided if everywhere else guidance.within(settings.guidance_interval, guided, conditional)
+    return solver.SOLVERS[settings.solver](velocity, noise, timesteps)
+
+
+def _needs_conditional(settings: Sampling) -> bool:
+    return settings.guidance_interval != (0.0, 1.0) or settings.renormalisation > 0

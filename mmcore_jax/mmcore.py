@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mmcore_jax.bridge.conditioning import Condition, Drop, DualPathway
-from mmcore_jax.bridge.connector import LinearConnector
+from mmcore_jax.bridge.connector import make_connector
 from mmcore_jax.bridge.queries import LearnableQueries
 from mmcore_jax.config import Execution, Model
 from mmcore_jax.data.layout import Interleaved, Pairs
@@ -48,7 +48,7 @@ class MMCORE(nn.Module):
         if model.vlm:
             self.vlm = QwenVLModel(model.vlm, run)
             self.queries = LearnableQueries(model.queries, model.vlm.width)
-            self.connector = LinearConnector(model.connector.width, run)
+            self.connector = make_connector(model.connector, run)
         if model.vision_target:
             self.vision_target = SiglipModel(model.vision_target, run)
         if model.dit:

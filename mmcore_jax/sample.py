@@ -23,6 +23,7 @@ from mmcore_jax import __version__
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import UserError, door
 from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.diffusion.solver import SOLVERS
 from mmcore_jax.generate import Generator
 from mmcore_jax.progress import progress
 from mmcore_jax.sampling import pictures, requests
@@ -73,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--num", type=int, metavar="N", help="draws the prompt with N seeds, into NAME_SEED.png each")
+    parser.add_argument("--solver", choices=SOLVERS, help="of the flow; default: the config's")
     parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
     parser.add_argument("--text_scale", type=float, help="guidance towards the text; default: the config's")
     parser.add_argument(
         "--visual_scale", type=float, help="guidance towards the visual embeddings; default: the config's"
     )
+    parser.add_argument("--batch_size", type=int, default=8, help="drawn at once, at most (default: %(default)s)")
     parser.add_argument(
         "--scale", type=int, default=8, help="pixels of the output for each one generated (default: %(default)s)"
     )
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for a mistake, before any work is done; makes the directory for the output, if that is one."""
-    for name in ("num", "steps", "scale"):
+    for name in ("num", "steps", "scale", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1.")
@@ -118,13 +121,13 @@ class Painter:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `UserError` if the run is no stage 2."""
-        self._workdir, self._scale = arguments.workdir, arguments.scale
+        self._workdir, self._scale, self._batch_size = arguments.workdir, arguments.scale, arguments.batch_size
         self.config = config_lib.from_json(self._workdir / "config.json")
         if self.config.sampling is None:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
             )
-        given = {name: getattr(arguments, name) for name in ("steps", "text_scale", "visual_scale")}
+        given = {name: getattr(arguments, name) for name in ("solver", "steps", "text_scale", "visual_scale")}
         given = {name: value for name, value in given.items() if value is not None}
         self._settings = dataclasses.replace(self.config.sampling, **given)
 
@@ -148,11 +151,14 @@ class Painter:
 
     def paint(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
         """Draws and saves the picture of each job, and yields it, uint8 `[size, size, 3]`."""
-        for job in jobs:
-            # A call each: in a batch, noise would follow from the position too.
-            image = self._generate([job.request], self._settings, job.seed)[0]
-            pictures.save(job.output, image, self._scale, self.describe(job))
-            yield image
+        for first in range(0, len(jobs), self._batch_size):
+            batch = jobs[first : first + self._batch_size]
+            full = [*batch, *[batch[-1]] * (min(self._batch_size, len(jobs)) - len(batch))]  # one shape for all
+            seeds = [job.seed for job in full]
+            images = self._generate([job.request for job in full], self._settings, seeds, batch_size=len(full))
+            for job, image in zip(batch, images):
+                pictures.save(job.output, image, self._scale, self.describe(job))
+                yield image
 
     def load(self) -> None:
         """Loads the run now."""

@@ -106,7 +106,7 @@ def another_optimizer(monkeypatch):
 
 
 def no_guidance(monkeypatch):
-    monkeypatch.setattr(guidance, "branches", lambda *scales: guidance.Branches(*np.array([[1, 0], [1, 0], [0, 1]])))
+    monkeypatch.setattr(guidance, "branches", lambda *scales: guidance.Branches(*np.array([[1, 0]] * 3 + [[0, 1]])))
 
 
 @pytest.mark.parametrize(("suite", "broken"), [("step", another_optimizer), ("sample", no_guidance)])

@@ -1,5 +1,6 @@
 """Sampling through all rooms, on random weights: what is reused between steps changes nothing."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -14,7 +15,7 @@ from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion import flow, guidance, solver
-from mmcore_jax.generate import Generator, denoise, fit, prepare, split
+from mmcore_jax.generate import Generator, denoise, fit, noise_keys, prepare, split
 from mmcore_jax.mmcore import MMCORE, Forward
 from mmcore_jax.nn import attention
 from mmcore_jax.nn.layers import gather_tokens
@@ -78,14 +79,33 @@ def test_text_alone(data):
     assert np.abs(mixed[0] - mixed[1]).max() > 10
 
 
+@pytest.mark.parametrize("solver", ["heun", "dpm_solver_2m"])
+def test_every_solver_goes_where_euler_goes(data, solver):
+    """With guidance in an interval only, and renormalised: what settings ask for reaches the picture."""
+    config, model, params = load(data)
+    generator, requests = Generator(config, model, load_tokenizer(config.data.tokenizer)), [request(PICTURES[:1])]
+
+    def generate(**settings):
+        base = dict(steps=24, timestep_shift=1.0, text_scale=3.0, visual_scale=3.0)
+        images = generator(params, requests, dataclasses.replace(config.sampling, **base | settings))
+        return images.astype(int)
+
+    plain = generate()
+    differences = {
+        name: np.abs(generate(**{name: value}) - plain).mean()
+        for name, value in {"solver": solver, "guidance_interval": (0.0, 0.0), "renormalisation": 1.0}.items()
+    }
+    assert 0 < differences.pop("solver") < min(differences.values()) / 3
+
+
 # --- Reuse ------------------------------------------------------------------------------------------------------------
 
 
-def plain(model, params, batch, branches, key, timesteps):
+def plain(model, params, batch, branches, keys, timesteps):
     """What `denoise` returns, where every step and branch runs all tokens."""
     forward, shape = Forward(model, params, batch), batch.images.generated.shape
     clean = forward.model.latents(batch.images.pixels)
-    noise = [jax.random.normal(jax.random.fold_in(key, row), clean.shape[1:]) for row in batch.row]
+    noise = [jax.random.normal(key, clean.shape[1:]) for key in keys]
     tokens = forward.model.latent_tokens(clean, jnp.stack(noise), batch)
     noised = batch.diffusion.latent_meta.kind == NOISED
 
@@ -124,11 +144,12 @@ def test_reuse_changes_no_picture(data, network, monkeypatch):
     config, model, params = load(data, *NETWORKS[network])
     counts = np.array([1, 0, 4, 2])
     batch = batch_of(config, [request(PICTURES[count : 2 * count]) for count in counts])
-    inputs = guidance.branches("both", 2.0, 1.5), jax.random.key(3), solver.timesteps(3, 3.0, "trailing")
+    inputs = guidance.branches("both", 2.0, 1.5), noise_keys(3, len(batch.row)), solver.timesteps(3, 3.0, "trailing")
 
     def differences():
         """Of each row, the largest."""
-        images = jax.jit(functools.partial(denoise, model))(params, *split(batch), *inputs)  # traced each time
+        traced = functools.partial(denoise, model, settings=config.sampling)  # each time
+        images = jax.jit(traced)(params, *split(batch), *inputs)
         return np.abs(images - expected).max(axis=(1, 2, 3))
 
     expected = plain(model, params, batch, *inputs)

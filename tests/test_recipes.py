@@ -49,6 +49,7 @@ def test_networks_are_the_published_ones(stage, recipe, tmp_path):
     [
         ("stage1", "qwen25vl3b_sd35m", {"vlm", "queries", "connector"}, 3_754_622_976),
         ("stage1", "qwen25vl7b_sd35l", {"vlm", "queries", "connector"}, 8_292_166_656),
+        ("stage1", "qwen25vl3b_frozen", {"queries", "connector"}, 405_077_120),
         ("stage2", "qwen25vl3b_sd35m", {"dit", "conditioning"}, 2_243_171_520),
         ("stage2", "qwen25vl7b_sd35l", {"dit", "conditioning"}, 8_056_627_520),
     ],

@@ -48,7 +48,8 @@ def pixels(path: pathlib.Path) -> np.ndarray:
 
 def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdir, tmp_path):
     """In a row of seeds, among other requests, in a conversation and by itself."""
-    assert enter("--prompt=a red dot", f"--output={tmp_path / 'dot.png'}", "--seed=4", "--num=3", "--scale=2")[0] == 0
+    seeds = ("--seed=4", "--num=3", "--batch_size=2")
+    assert enter("--prompt=a red dot", f"--output={tmp_path / 'dot.png'}", "--scale=2", *seeds)[0] == 0
     numbered = [tmp_path / f"dot_{seed}.png" for seed in (4, 5, 6)]
     assert np.abs(pixels(numbered[0]) - pixels(numbered[1])).max() > 10
     assert Image.open(tmp_path / "dot_sheet.png").width > 3 * 256

@@ -18,7 +18,7 @@ from mmcore_jax.benchmarks import networks
 from mmcore_jax.benchmarks.networks import MMDiTSizes
 from mmcore_jax.benchmarks.timing import COMPILED, EAGER, OURS, Comparison, Contestant, compare
 from mmcore_jax.bridge.conditioning import Condition
-from mmcore_jax.config import Model, Pixels
+from mmcore_jax.config import Model, Pixels, Sampling
 from mmcore_jax.data.layout import Diffusion, Images, Interleaved
 from mmcore_jax.diffusion import guidance, solver
 from mmcore_jax.generate import integrate
@@ -60,11 +60,12 @@ def our_loop(sizes: MMDiTSizes, original: torch.nn.Module, arrays: dict[str, np.
     contexts = arrays["encoder_hidden_states"].reshape(2, sizes.batch, sizes.context, sizes.context_width)
     pooled = arrays["pooled_projections"].reshape(2, sizes.batch, 1, sizes.pooled_width)
     images = arrays["hidden_states"][: sizes.batch].transpose(0, 2, 3, 1)
-    timesteps = solver.timesteps(STEPS, SHIFT, "linspace")
+    settings = Sampling("euler", STEPS, SCALE, 1.0, (0.0, 1.0), 0.0, SHIFT, "linspace")
+    timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
 
     @jax.jit
     def loop(params: Any, *inputs: Any) -> jax.Array:
-        tokens = integrate(model.bind({"params": {"dit": params}}), *inputs)
+        tokens = integrate(model.bind({"params": {"dit": params}}), *inputs, settings)
         return unpatchify(tokens, ours.config.patch_size, *images.shape[1:3]).transpose(0, 3, 1, 2)
 
     branches = guidance.branches("text", SCALE, 1.0)

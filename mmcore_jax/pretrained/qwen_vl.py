@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mmcore_jax.config import AtLeast, Count, Index, NotNegative, QwenVision, QwenVL
+from mmcore_jax.config import Bounds, Count, Index, NotNegative, QwenVision, QwenVL
 from mmcore_jax.models import qwen_vl as network
 from mmcore_jax.pretrained.family import Family
 from mmcore_jax.pretrained.files import Section, Settings
@@ -30,7 +30,7 @@ _PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
 # The linear layers of the decoder, by our names.
 _LINEAR = {name: f"self_attn.{name}_proj" for name in "qkv"} | {"out": "self_attn.o_proj"}
 _LINEAR |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-_Base = Annotated[float, AtLeast(1)]
+_Base = Annotated[float, Bounds(1)]
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mmcore_jax.config import AutoencoderKL, Config, SiglipVision
+from mmcore_jax.config import AutoencoderKL, Config, SiglipVision, TransformerConnector
 from mmcore_jax.data.layout import Features, Interleaved, Pairs
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.layers import is_lora
@@ -221,10 +221,13 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
     window = masks.same_window(vision.window_size // vision.patch_size)
     yield "vlm/vision", _scores(vision.width, vision.depth - full, attention_pairs(patches, patches, window))
 
+    images = int(np.count_nonzero(batch.images.generated))
+    if isinstance(model.connector, TransformerConnector) and (active.alignment or active.flow_matching):
+        encoder, queries = model.connector.encoder, batch.images.queries.shape[-1]
+        yield "connector", _scores(encoder.width, encoder.depth, images * queries**2)
     if active.alignment:
         target = model.vision_target.vision
-        pairs = int(np.count_nonzero(batch.images.generated)) * _patches(target) ** 2
-        yield "vision_target", _scores(target.width, target.depth, pairs)
+        yield "vision_target", _scores(target.width, target.depth, images * _patches(target) ** 2)
     if active.flow_matching:
         context, latents = batch.diffusion.context_meta, batch.diffusion.latent_meta
         joint = TokenMeta(*(np.concatenate(fields, axis=1) for fields in zip(context, latents)))

@@ -1,4 +1,4 @@
-"""Flow matching, solver and guidance against what can be worked out by hand."""
+"""Flow matching and its solver against what can be worked out by hand."""
 
 import chex
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmcore_jax import config
-from mmcore_jax.diffusion import flow, guidance, solver
+from mmcore_jax.diffusion import flow, solver
 
 X0, NOISE = jax.random.normal(jax.random.key(0), (2, 5, 3))
 RAMP = config.Ramp(0.0, 0.0, 1)
@@ -92,41 +92,3 @@ def test_timesteps_run_from_noise_to_data():
     t = solver.timesteps(4, 1.0, "trailing")
     chex.assert_trees_all_close(t, np.array([1.0, 0.75, 0.5, 0.25, 0.0], np.float32), atol=1e-7)
     assert (solver.timesteps(4, 3.0, "trailing")[1:-1] > t[1:-1]).all()
-
-
-SCALES = [(1.0, 1.0), (2.0, 2.0), (3.0, 1.5), (1.0, 4.0), (5.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
-KEPT = {(True, True): "none", (True, False): "visual", (False, True): "text", (False, False): "both"}
-VELOCITY = {"none": [1.0, 2.0], "text": [7.0, 4.0], "visual": [3.0, -1.0], "both": [-2.0, 5.0]}
-
-
-@pytest.mark.parametrize(("text_scale", "visual_scale"), SCALES)
-@pytest.mark.parametrize("pathways", ["both", "text", "visual"])
-def test_guidance(pathways, text_scale, visual_scale):
-    """Whatever branches are left out, the result is the formula over all of them."""
-    branches = guidance.branches(pathways, text_scale, visual_scale)
-    kept = [KEPT[bool(text), bool(visual)] for text, visual in zip(branches.drop_text, branches.drop_visual)]
-    assert len(set(kept)) == len(kept)
-    assert abs(branches.weight.sum() - 1) < 1e-6
-    combined = guidance.combine(jnp.array([VELOCITY[name] for name in kept]), branches.weight)
-    none, text, visual, both = (np.array(VELOCITY[name]) for name in ("none", "text", "visual", "both"))
-    expected = {
-        "both": none + visual_scale * (visual - none) + text_scale * (both - visual),
-        "text": none + text_scale * (text - none),
-        "visual": none + visual_scale * (visual - none),
-    }
-    chex.assert_trees_all_close(combined, expected[pathways].astype(np.float32), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("pathways", "text_scale", "visual_scale", "count"),
-    [
-        ("both", 1, 1, 1),
-        ("both", 2, 2, 2),
-        ("both", 3, 1.5, 3),
-        ("both", 4, 1, 2),
-        ("text", 1, 9, 1),
-        ("visual", 9, 2, 2),
-    ],
-)
-def test_branches_run_no_more_than_they_need(pathways, text_scale, visual_scale, count):
-    assert len(guidance.branches(pathways, text_scale, visual_scale).weight) == count

@@ -49,7 +49,7 @@ def document(words=WORDS):
     return {"id": "", "task": "", "segments": [prompt, drawing, prompt, drawing]}
 
 
-def wide(config, dual_layers):
+def wide(config, dual_layers, connector_depth):
     """The stage with networks wide enough for their matrix products to dominate, and no pictures to read."""
     model = config.model
     model = dataclasses.replace(
@@ -64,12 +64,18 @@ def wide(config, dual_layers):
             vocab_size=512,
             vision=dataclasses.replace(model.vlm.vision, width=192, depth=2, mlp_width=512),
         ),
-        connector=dataclasses.replace(model.connector, width=256),
+        connector=connector_of_depth(connector_depth),
         vision_target=model.vision_target and siglip_of_width(256, text=False),
         dit=model.dit
         and dataclasses.replace(model.dit, width=256, heads=4, depth=2, dual_layers=dual_layers, context_width=256),
     )
     return dataclasses.replace(config, model=model, batch_size=ROWS)
+
+
+def connector_of_depth(depth):
+    if not depth:
+        return config_lib.LinearConnector("linear", 256)
+    return config_lib.TransformerConnector("transformer", 256, config_lib.Tower(384, depth, 4, 1024))
 
 
 def siglip_of_width(width, text):
@@ -80,7 +86,7 @@ def siglip_of_width(width, text):
 class Case:
     """A stage, all of it frozen: its config, its plan, and a batch with `padding` in each budget."""
 
-    def __init__(self, stage, padding=0, dual_layers=0):
+    def __init__(self, stage, padding=0, dual_layers=0, connector_depth=0):
         config = config_lib.load(str(CONFIGS / f"{stage}.py"))
         if config.data.layout == "pairs":
             model = dataclasses.replace(config.model, vision_target=siglip_of_width(256, text=True))
@@ -88,7 +94,7 @@ class Case:
             pixels = np.zeros((32, 32, 3), np.uint8)
             self.batch = layout.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, pixels.shape[0], 16)
         else:
-            config = wide(config, dual_layers)
+            config = wide(config, dual_layers, connector_depth)
             self.batch = self.interleaved(config, padding)
         optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
         self.config = dataclasses.replace(config, tuning=(FROZEN,), optimizer=optimizer)
@@ -179,10 +185,13 @@ PARTS = {
 
 
 @pytest.mark.usefixtures("every_pair")
-@pytest.mark.parametrize(("part", "dual_layers"), [*((part, 0) for part in PARTS), ("dit", 1)])
-def test_forward_of_a_part_is_what_the_compiler_counts(part, dual_layers):
+@pytest.mark.parametrize(
+    ("part", "sizes"),
+    [*((part, {}) for part in PARTS), ("dit", {"dual_layers": 1}), ("connector", {"connector_depth": 2})],
+)
+def test_forward_of_a_part_is_what_the_compiler_counts(part, sizes):
     stage, function, inputs = PARTS[part]
-    case = load(stage, dual_layers=dual_layers)
+    case = load(stage, **sizes)
     measured = case.counted_by_compiler(function, *(make(case) for make in inputs))
     if part == "conditioning":
         measured /= 2  # the program sends every context token through both pathways
@@ -301,6 +310,15 @@ def test_dual_attention_by_hand():
     extra = load("stage2", dual_layers=1).flops["dit"] - load("stage2").flops["dit"]
     kernels = 2 * (3 * 64 * 4 * 256 * 256 + 3 * 256 * 3 * 256)  # q, k, v, out; shift, scale, gate at 3 timesteps
     assert extra == ROWS * (kernels + 4 * 256 * 4 * 64 * 64)
+
+
+def test_a_transformer_connector_by_hand():
+    """Two images of 4 queries in a row, 256 -> 384 channels, two blocks, 384 -> 256; attention within an image."""
+    forward = 2 * 8 * (256 * 384 + 2 * (4 * 384 * 384 + 3 * 384 * 1024) + 384 * 256) + 4 * 384 * 2 * 2 * 4 * 4
+    case = load("stage1", connector_depth=2)
+    assert case.flops["connector"] == ROWS * forward
+    assert case.tuned(Tuning("connector/.*"), FROZEN).flops["connector"] == 3 * ROWS * forward
+    assert case.tuned(Tuning("vision_target/.*"), FROZEN).flops["connector"] == ROWS * forward
 
 
 def test_the_head_costs_only_where_a_token_is_learned():
