@@ -12,6 +12,7 @@ The fourth computes what frozen parts make of the examples, as `config.data.feat
 
 import argparse
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -119,10 +120,10 @@ def _survey(config: Config, arguments: argparse.Namespace) -> None:
 
 def _part(text: str) -> tuple[int, int]:
     """`I/N`, 0 <= I < N."""
-    index, _, count = text.partition("/")
-    if not 0 <= int(index) < int(count):
-        raise ValueError
-    return int(index), int(count)
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
 
 
 def _precompute(config: Config, part: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mmcore_jax import sharding
+from mmcore_jax import prepare, sharding
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import features, layout
@@ -22,6 +22,8 @@ from mmcore_jax.training.state import Constants, create_state, freeze, make_plan
 from mmcore_jax.training.step import make_step
 from tests import tiny
 
+STAGE1 = tiny.REPOSITORY / "configs/stage1.py"
+INIT = ("vlm", "queries", "connector", "vision_target")
 KINDS = {"stage1": ("targets",), "stage2": ("latents", "conditioning")}
 
 
@@ -105,6 +107,24 @@ def test_what_is_missing_is_made_and_nothing_else(own_data, monkeypatch):
 
 def features_of(setting: Setting) -> dict[str, str]:
     return weights(setting.config, setting.plan, setting.frozen)
+
+
+def test_door(own_data, monkeypatch, capsys):
+    def enter(*arguments: str) -> tuple[int, str]:
+        given = [*tiny.overrides("stage1", own_data), *(f"--config.init.{part}=random" for part in INIT)]
+        monkeypatch.setattr("sys.argv", ["prepare", f"--config={STAGE1}", *given, *arguments])
+        with pytest.raises(SystemExit) as end:
+            prepare.main()
+        said = capsys.readouterr()
+        return end.value.code, said.out + said.err
+
+    assert enter("--features", "--part=1/2")[0] == 0
+    assert not list((own_data / "index").glob("*-targets-*"))  # the only file of each source is another's part
+    code, said = enter("--features")
+    assert (code, len(list((own_data / "index").glob("*-targets-*/000000.arrow")))) == (0, 7)
+    assert "targets by the weights" in said
+    assert "'2/2' is not I/N with I from 0 to N - 1" in enter("--features", "--part=2/2")[1]
+    assert "config.data.features of stage1 openmoji is empty" in enter("--features", "--config.data.features=()")[1]
 
 
 def test_equal_images_are_looked_at_once(own_data, monkeypatch):
