@@ -21,8 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmcore_jax.config import QwenVision, UserError
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.models.qwen_vl import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH
-from mmcore_jax.nn.patches import merge_order
+from mmcore_jax.nn.tokens import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH, merge_order
 
 PROCESSOR_FILE = "preprocessor_config.json"
 MAXIMUM_PIXELS = 64_000_000

@@ -16,9 +16,18 @@ import numpy as np
 from mmcore_jax.config import Budgets, Config, Data, Model, QwenVision, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example, Image, Text
-from mmcore_jax.nn import patches as patches_lib
-from mmcore_jax.nn import rotary
-from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
+from mmcore_jax.nn.tokens import (
+    CLEAN,
+    IMAGE,
+    NOISED,
+    PAD,
+    QUERY,
+    TEXT,
+    VISUAL,
+    TokenMeta,
+    merge_order,
+    mrope_positions,
+)
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,7 @@ class Item:
     @functools.cached_property
     def positions(self) -> np.ndarray:
         """`[L, 3]`: time, row, column."""
-        return rotary.mrope_positions(np.array(self.kinds) != TEXT, self.grids)
+        return mrope_positions(np.array(self.kinds) != TEXT, self.grids)
 
 
 @dataclasses.dataclass
@@ -494,7 +503,7 @@ def _write_item(
 
 def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray, at: _Cursor, sizes: Geometry) -> None:
     height, width, _ = picture.shape
-    rows, cols = patches_lib.merge_order(height // sizes.vision_patch, width // sizes.vision_patch, sizes.merge)
+    rows, cols = merge_order(height // sizes.vision_patch, width // sizes.vision_patch, sizes.merge)
     span = slice(at.patch, at.patch + rows.size)
     patches.values[b, span] = image_lib.patches(picture, sizes.vision_patch, sizes.merge)
     _write_meta(patches.meta, b, span, document, at.slot, IMAGE, rows, cols)

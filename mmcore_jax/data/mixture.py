@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 
-import grain
 import numpy as np
 
 _KEPT = 1 << 17  # examples
@@ -32,6 +31,8 @@ def order(length: int, seed: int, source: int) -> Callable[[int], int]:
     be slow for a small one: it searches a space of at least 2**16 places).
     """
     if length > _KEPT:
+        import grain  # late: it imports JAX
+
         stream = grain.MapDataset.range(length).seed(int(np.random.default_rng((seed, 0, source)).integers(2**31)))
         return stream.shuffle().repeat().__getitem__
     permutation = functools.lru_cache(2)(
