@@ -8,7 +8,7 @@ of a row, N query tokens, C context tokens, T latent tokens.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from mmcore_jax.config import Budgets, Config, Data, Model, QwenVision, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example, Image, Text
+from mmcore_jax.data.text import Encoder
 from mmcore_jax.nn.tokens import (
     CLEAN,
     IMAGE,
@@ -247,18 +248,15 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.encode = Encoder(tokenizer)
         self.vision_start, self.vision_end, self.image_pad, self.turn_end, end_of_text = (
             self._special(name)
             for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|im_end|>", "<|endoftext|>")
         )
         self.ends = (self.turn_end, end_of_text)
-        self.preamble = self.encode(self._preamble())
+        self.preamble = self.encode(_preamble(tokenizer))
         self.open = {speaker: self.encode(f"<|im_start|>{speaker}\n") for speaker in ("user", "assistant")}
         self.close = self.encode("<|im_end|>\n")
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def question(self, segments: list[Text | Image], image_tokens: Sequence[int]) -> list[int]:
         """Tokens of a conversation up to where the assistant's answer begins; each image takes its `image_tokens`."""
@@ -280,15 +278,16 @@ class ChatFormat:
             raise UserError(f"the tokenizer has no special token {name}: use one of Qwen2.5-VL, or train one here.")
         return ids[0]
 
-    def _preamble(self) -> str:
-        """What the tokenizer's own chat template puts before the first turn: the system prompt of a published model."""
-        if self.tokenizer.chat_template is None:
-            return ""
-        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        before, turn, after = rendered.partition("<|im_start|>user\n?<|im_end|>\n")
-        if not turn or after:
-            raise UserError(f"the tokenizer's chat template gives {rendered!r}, not Qwen's turns: use Qwen2.5-VL's.")
-        return before
+
+def _preamble(tokenizer) -> str:
+    """What the tokenizer's own chat template puts before the first turn: the system prompt of a published model."""
+    if tokenizer.chat_template is None:
+        return ""
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    before, turn, after = rendered.partition("<|im_start|>user\n?<|im_end|>\n")
+    if not turn or after:
+        raise UserError(f"the tokenizer's chat template gives {rendered!r}, not Qwen's turns: use Qwen2.5-VL's.")
+    return before
 
 
 def make_item(
@@ -585,7 +584,7 @@ def placeholder(config: Config) -> Interleaved | Pairs:
 # --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
-def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list[int]]:
+def make_pair(example: Example, encode: Callable[[str], list[int]], max_length: int) -> tuple[bytes, list[int]]:
     """Returns the first image of an example and its first text as tokens, cut to `max_length`.
 
     Raises:
@@ -595,7 +594,7 @@ def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list
     texts = [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     if not images or not texts:
         raise BadExample("no image-text pair")
-    return images[0], tokenizer.encode(texts[0], add_special_tokens=False)[:max_length]
+    return images[0], encode(texts[0])[:max_length]
 
 
 def assemble_pairs(

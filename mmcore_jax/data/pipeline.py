@@ -1,26 +1,22 @@
-"""From sources to batches: a grain dataset whose element `step` is this process's slice of that step's global batch.
+"""From sources to batches: element `step` of `Batches` is this process's slice of that step's global batch.
 
 The order is a pure function of (seed, step), whatever the number of processes, workers and threads. A record that turns
 out bad when it is read is left out of its row, which shifts no other; `Ledger` counts it.
 """
 
 import collections
-import functools
 import itertools
-import os
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from absl import flags
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import layout, scan
+from mmcore_jax.data import scan, workers
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.plan import Planner, Position
 from mmcore_jax.data.reader import Prepared, Reader
 from mmcore_jax.progress import progress
@@ -47,7 +43,16 @@ class Batch(NamedTuple):
     position: Position  # from which the batch after this one can be planned
 
 
-class Batches(grain.MapDataset):
+class _Planned(NamedTuple):
+    """What is to stand in the rows of a batch. `first` is the place of the first row of this process in the batch."""
+
+    rows: list[list[Draw]]
+    first: int
+    drawn: np.ndarray
+    position: Position
+
+
+class Batches:
     """Random access over the batches of a run, from that which `start` leads to."""
 
     def __init__(
@@ -59,15 +64,11 @@ class Batches(grain.MapDataset):
           UserError: for missing data, if more than `config.data.bad_record_limit` of a source is bad, or if the mixture
             cannot be drawn.
         """
-        super().__init__()
         self._config, self._processes = config, (process_index, process_count)
         self._reader = Reader(config)
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
-
-    def __reduce__(self) -> tuple:
-        return Batches, (self._config, *self._processes, self._planner.start)
 
     @property
     def tokenizer(self) -> Any:
@@ -76,33 +77,32 @@ class Batches(grain.MapDataset):
     def __len__(self) -> int:
         return self._config.total_steps
 
-    def __getitem__(self, step: int | slice) -> Any:
-        if isinstance(step, slice):
-            return self.slice(step)
+    def __getitem__(self, step: int) -> Batch:
+        return _make(self._reader, self._plan(step))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def _plan(self, step: int) -> _Planned:
         index, count = self._processes
         size, first = self._config.batch_size // count, step * self._config.batch_size
         planned = [self._planner.row(first + row) for row in range(self._config.batch_size)]
-        skipped: list[Skipped] = []
-        rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
         sources = [source for source, _ in itertools.chain(*planned)]
-        return Batch(
-            self._assemble(rows, index * size),
-            [[prepared.id for prepared in row] for row in rows],
-            np.bincount(sources, minlength=len(self.scans)),
-            skipped,
-            self._planner.position(first + self._config.batch_size),
-        )
+        drawn = np.bincount(sources, minlength=len(self.scans))
+        position = self._planner.position(first + self._config.batch_size)
+        return _Planned(planned[index * size : (index + 1) * size], index * size, drawn, position)
 
     def iterate(self, first: int) -> Iterator[Batch]:
-        """Yields the batches from step `first` on, prepared ahead by `config.data.workers` processes, or by threads."""
-        data = self._config.data
-        ahead = -(-PREFETCH // max(data.workers, 1))
-        batches = self[first:].to_iter_dataset(grain.ReadOptions(data.threads, max(ahead, data.threads)))
-        if data.workers:
-            flags.FLAGS.mark_as_parsed()  # grain reads settings of its own there
-            options = grain.MultiprocessingOptions(data.workers, ahead)
-            batches = batches.mp_prefetch(options, functools.partial(_end_with, os.getpid()))
-        return iter(batches)
+        """Yields the batches from step `first` on, prepared ahead by `config.data.workers` processes, or by threads.
+
+        The processes start when this is called. A thread plans for them.
+        """
+        data, steps = self._config.data, range(first, len(self))
+        if not data.workers:
+            return workers.in_order(ThreadPoolExecutor(data.threads), self.__getitem__, steps, PREFETCH)
+        ahead = -(-PREFETCH // data.workers)
+        planned = workers.in_order(ThreadPoolExecutor(1), self._plan, steps, PREFETCH)
+        return workers.stream(_make, self._reader, planned, data.workers, max(ahead, data.threads), data.threads)
 
     def examples(self, per_source: int) -> list[Example]:
         """A few usable examples of each source, evenly spaced."""
@@ -110,39 +110,28 @@ class Batches(grain.MapDataset):
         chosen = [indices[:: max(1, len(indices) // per_source)][:per_source] for indices in usable]
         return [self._reader.read(number, int(index)) for number, indices in enumerate(chosen) for index in indices]
 
-    def _prepare(self, row: list, skipped: list[Skipped]) -> list[Prepared]:
-        """The examples of a row that can be read; adds to `skipped`."""
-        prepared = []
-        for number, index in row:
-            source = self._reader.sources[number]
-            try:
-                prepared.append(self._reader.prepare(number, index))
-            except BadExample as bad:
-                skipped.append(Skipped(source.name, str(bad), source.where(index)))
-                continue
-            if prepared[-1].shortened:
-                skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
-        return prepared
 
-    def _assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
-        data = self._config.data
-        if data.layout == "pairs":
-            vision_target = self._config.model.vision_target
-            pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
-            return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
-        packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        return layout.assemble(packed, first, data.budgets, self._reader.sizes)
+def _make(reader: Reader, planned: _Planned) -> Batch:
+    """A batch of the examples that can be read."""
+    skipped: list[Skipped] = []
+    rows = [_prepare(reader, row, skipped) for row in planned.rows]
+    ids = [[prepared.id for prepared in row] for row in rows]
+    return Batch(reader.assemble(rows, planned.first), ids, planned.drawn, skipped, planned.position)
 
 
-def _end_with(parent: int, *_: int) -> None:
-    """Ends a worker process when its parent is gone: one that is killed cannot end it."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _prepare(reader: Reader, row: list[Draw], skipped: list[Skipped]) -> list[Prepared]:
+    """The examples of a row that can be read; adds to `skipped`."""
+    prepared = []
+    for number, index in row:
+        source = reader.sources[number]
+        try:
+            prepared.append(reader.prepare(number, index))
+        except BadExample as bad:
+            skipped.append(Skipped(source.name, str(bad), source.where(index)))
+            continue
+        if prepared[-1].shortened:
+            skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
+    return prepared
 
 
 class Ledger:

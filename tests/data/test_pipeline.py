@@ -145,7 +145,7 @@ def test_workers_end_with_a_run_that_is_killed(data, tmp_path):
     """What is left of a killed run would hold its memory for ever."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import dataclasses, multiprocessing, pathlib, sys, time\n"
+        "import dataclasses, os, pathlib, sys, time\n"
         "from mmcore_jax.data.pipeline import Batches\n"
         "from tests.data.test_pipeline import make_config\n"
         "if __name__ == '__main__':\n"
@@ -153,7 +153,7 @@ def test_workers_end_with_a_run_that_is_killed(data, tmp_path):
         "    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, workers=1))\n"
         "    batches = Batches(settings).iterate(0)\n"
         "    next(batches)\n"
-        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    print(pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text(), flush=True)\n"
         "    time.sleep(600)\n"
     )
     environment = dict(os.environ, PYTHONPATH=str(ROOT))

@@ -50,8 +50,8 @@ def convert(
             partial.unlink()
         todo = [shard for shard in range(shards) if str(shard) not in finished]
         done = workers.run(_write, job, todo, worker_count)
-        for number, counts in progress(done, len(todo), f"converting {source.name}"):
-            finished[str(todo[number])] = counts
+        for shard, counts in zip(todo, progress(done, len(todo), f"converting {source.name}")):
+            finished[str(shard)] = counts
             job.write_finished(finished)
     except OSError as error:
         raise UserError(f"cannot write {directory} ({error.strerror}): choose another directory.") from error
