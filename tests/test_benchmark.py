@@ -28,7 +28,7 @@ TINY = {
 }
 
 FEW = DataSizes(
-    examples=24,
+    examples=40,
     images=6,
     sides=(32, 40, 64),
     image_size=32,
@@ -158,7 +158,7 @@ def test_too_few_examples_for_a_rate(enter, monkeypatch) -> None:
     monkeypatch.setattr(data, "our_batches", lambda config: iter([data.Batch([(0, np.zeros((4, 4, 3)), [1])], {})]))
     code, _, error = enter("data", "--repeats=1", "--threads=1")
     assert code == 2
-    assert "24 examples make 1 batches, none after the first of all 1 workers" in error
+    assert "40 examples make 1 batches, none after the first of all 1 workers" in error
 
 
 @pytest.mark.parametrize(
