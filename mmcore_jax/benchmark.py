@@ -118,14 +118,17 @@ def network_table(suite: str, comparisons: Sequence) -> tuple[str, list[list[str
 
 
 def data_table(measured) -> tuple[str, list[list[str]]]:
-    """A title and cells: examples a second and core, what of a batch is no padding, and ours beside each other one."""
+    """A title and cells: rates, ours beside each other one, opening, CPU time, and what of a batch is no padding."""
     from mmcore_jax.benchmarks.timing import CEILING, OURS
 
-    lines = [["", "examples/s per core", "ours / this", "VLM tokens used", "diffusion tokens used"]]
+    columns = ("examples/s per core", "ours / this", "first batch, s", "CPU ms an example")
+    lines = [["", *columns, "VLM tokens used", "diffusion tokens used"]]
     for name in measured.comparison.seconds:
         ratio = np.median(measured.rates(OURS)) / np.median(measured.rates(name))
         used = ["", ""] if name == CEILING else [f"{share:.1%}" for share in measured.used[name].values()]
-        lines.append([name, _quartiles(measured.rates(name), 1), f"{ratio:.2f}", *used])
+        first = "" if name == CEILING else f"{np.median(measured.times(name, 'opening')):.2f}"
+        cpu = f"{1e3 * np.median(measured.times(name, 'cpu')):.2f}"
+        lines.append([name, _quartiles(measured.rates(name), 1), f"{ratio:.2f}", first, cpu, *used])
     repeats = len(measured.comparison.seconds[OURS])
     title = f"data, {measured.examples} examples a pass, {measured.workers} workers: median of {repeats} [quartiles]"
     return title, lines

@@ -1,6 +1,7 @@
 """Small rows that `data/layout.py` packs from hand-written examples, with a tokenizer of one token per character."""
 
 import io
+import types
 
 import numpy as np
 from PIL import Image
@@ -26,17 +27,22 @@ class Characters:
 
     chat_template = None
 
+    @property
+    def backend_tokenizer(self):
+        return self
+
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         for token, number in SPECIAL.items():
             text = text.replace(token, chr(number))
-        return [ord(character) for character in text]
+        return types.SimpleNamespace(ids=[ord(character) for character in text])
 
     def decode(self, ids):
         return "".join(chr(number) for number in ids)
 
 
-CHAT = layout.ChatFormat(Characters())
+CHARACTERS = Characters()
+CHAT = layout.ChatFormat(CHARACTERS)
 
 
 def picture(seed: int, size: int = SIZES.image_size) -> np.ndarray:

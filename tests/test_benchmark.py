@@ -28,7 +28,7 @@ TINY = {
 }
 
 FEW = DataSizes(
-    examples=24,
+    examples=40,
     images=6,
     sides=(32, 40, 64),
     image_size=32,
@@ -82,18 +82,26 @@ def test_table_and_json(enter, tmp_path, suite: str, names: list[str]) -> None:
 
 def test_table_of_the_data_pipeline(tmp_path) -> None:
     """In a process of its own, which workers can be forked from: JAX has not started its threads in it."""
-    command = [sys.executable, "-m", "mmcore_jax.benchmark", "data", "--examples=20", "--repeats=2", "--threads=2"]
+    command = [sys.executable, "-m", "mmcore_jax.benchmark", "data", "--examples=144", "--repeats=2", "--threads=2"]
     ran = subprocess.run([*command, f"--json={tmp_path / 'out.json'}"], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     assert "Warning" not in ran.stderr
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert (result["examples"], result["workers"], result["difference"]) == (20, 2, 0.0)
+    assert (result["examples"], result["workers"], result["difference"]) == (144, 2, 0.0)
     title, environment, _, *rows = ran.stdout.splitlines()
-    assert title.startswith("data, 20 examples a pass, 2 workers")
+    assert title.startswith("data, 144 examples a pass, 2 workers")
     assert f"webdataset {importlib.metadata.version('webdataset')}" in environment
     assert [row.partition("  ")[0] for row in rows] == [OURS, "webdataset", "datasets", CEILING]
-    seconds = {name: np.array(times) for name, times in result["seconds"].items()}
-    rates = {name: np.median(20 / times) / (1 if name == CEILING else 2) for name, times in seconds.items()}
+    assert "scanning" in ran.stderr  # once, before what is timed
+    rates, each = {}, {}
+    for name, passes in result["passes"].items():
+        assert len(passes) == 2
+        for whole, one in zip(result["seconds"][name], passes, strict=True):
+            assert one["opening"] + one["each"] * 144 / 4 < whole  # of at least four batches, two are timed apart
+            assert 0 < one["cpu"] < 2 * whole
+        each[name] = np.median([one["each"] for one in passes])
+        rates[name] = np.median([1 / one["each"] for one in passes]) / (1 if name == CEILING else 2)
+    assert result["ratio"] == pytest.approx(each[OURS] / min(each["webdataset"], each["datasets"]))
     for row, (name, rate) in zip(rows, rates.items(), strict=True):
         assert f"{rate:.1f} [" in row
         assert f"{rates[OURS] / rate:.2f}" in row
@@ -144,6 +152,13 @@ def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> 
     assert code == 2
     assert "error: data: ours and the others differ" in error
     assert out == ""
+
+
+def test_too_few_examples_for_a_rate(enter, monkeypatch) -> None:
+    monkeypatch.setattr(data, "our_batches", lambda config: iter([data.Batch([(0, np.zeros((4, 4, 3)), [1])], {})]))
+    code, _, error = enter("data", "--repeats=1", "--threads=1")
+    assert code == 2
+    assert "40 examples make 1 batches, none after the first of all 1 workers" in error
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 All read the same photographs and captions, each from its own kind of shard, decode, crop and resize in as many workers,
 and make batches of pixels and tokens. Ours packs several examples into a row; the others put one into a row and pad it
-to the longest of the batch, and what they make of every example must be what ours makes of it. A pass is timed from
-opening the shards to the last batch. The ceiling is a loop in one process that decodes, crops and resizes the same
-files, held in memory.
+to the longest of the batch, and what they make of every example must be what ours makes of it. Opening the shards and
+starting the workers, to the first batch, is timed apart from what follows when each worker has given a batch; what is
+made once for all passes (our scan, the Arrow files) is there already. The ceiling is a loop in one process that
+decodes, crops and resizes the same files, held in memory.
 """
 
+import collections
 import dataclasses
 import functools
 import io
 import pathlib
+import resource
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -26,7 +30,7 @@ from PIL import Image
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.benchmarks.timing import CEILING, OURS, Comparison, Contestant, compare
-from mmcore_jax.config import Config
+from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.layout import ChatFormat
@@ -74,26 +78,50 @@ class Batch(NamedTuple):
     used: dict[str, float]
 
 
+class Pass(NamedTuple):
+    """Times of a pass, in seconds. `cpu` is of all processes, opening included."""
+
+    opening: float  # to the first batch
+    each: float  # an example, once every worker has given a batch
+    cpu: float  # an example
+
+
 class Throughput(NamedTuple):
-    """What was measured; `used` by contestant, as in its batches."""
+    """What was measured, by contestant: the passes that count, and `used` as in its batches."""
 
     comparison: Comparison
     examples: int
     workers: int
+    passes: dict[str, list[Pass]]
     used: dict[str, dict[str, float]]
 
     def rates(self, name: str) -> np.ndarray:
         """Examples a second and core, of every repeat."""
-        cores = 1 if name == CEILING else self.workers
-        return self.examples / cores / np.array(self.comparison.seconds[name])
+        return 1 / (1 if name == CEILING else self.workers) / self.times(name, "each")
+
+    def times(self, name: str, field: str) -> np.ndarray:
+        """A field of `Pass`, of every repeat."""
+        return np.array([getattr(one, field) for one in self.passes[name]])
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return self.comparison.record() | {"examples": self.examples, "workers": self.workers, "used": self.used}
+        """All of it, for JSON; `ratio` is our time an example over that of the faster of the others."""
+        medians = {name: float(np.median(self.times(name, "each"))) for name in (OURS, *LOADERS)}
+        passes = {name: [one._asdict() for one in passes] for name, passes in self.passes.items()}
+        return self.comparison.record() | {
+            "ratio": medians.pop(OURS) / min(medians.values()),
+            "examples": self.examples,
+            "workers": self.workers,
+            "passes": passes,
+            "used": self.used,
+        }
 
 
 def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
-    """Times passes over the examples, which it writes into a temporary directory first."""
+    """Times passes over the examples, which it writes into a temporary directory first.
+
+    Raises:
+      UserError: if there are too few examples for a batch after the first of every worker.
+    """
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
@@ -102,13 +130,14 @@ def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
         chat = ChatFormat(load_tokenizer(directory / "tokenizer"))
         before, after = frame(chat, sizes)
         tokens = [np.array(before + chat.encode(pair.caption) + after) for pair in pairs]
-        config = make_config(directory, sizes, workers, len(chat.tokenizer))
+        config = make_config(directory, sizes, workers, max(map(max, tokens)) + 1)
         # Asked for no batch beyond a pass, the pipeline prepares none.
         config = dataclasses.replace(config, total_steps=sum(1 for _ in our_batches(config)))
-        used = {}
+        used, passes = {}, collections.defaultdict(list)
 
         def run(name: str, batches: Callable[[], Iterable[Batch]]) -> np.ndarray:
-            used[name], found = digest(batches(), len(pairs))
+            used[name], found, times = digest(batches, len(pairs), workers)
+            passes[name].append(times)
             return found
 
         sources = {OURS: lambda: our_batches(config)}
@@ -117,18 +146,37 @@ def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
         sources[CEILING] = lambda: decoded(pairs, tokens, sizes.image_size)
         contestants = [Contestant(name, functools.partial(run, name, batches)) for name, batches in sources.items()]
         comparison = compare("data", dataclasses.asdict(sizes), contestants, WARMUP, repeats, tolerance=0.0)
-    return Throughput(comparison, len(pairs), workers, used)
+    counted = {name: times[-repeats:] for name, times in passes.items()}
+    return Throughput(comparison, len(pairs), workers, counted, used)
 
 
-def digest(batches: Iterable[Batch], count: int) -> tuple[dict[str, float], np.ndarray]:
-    """Checksums `[count, 2]` of the pixels and tokens of every example, not a number where one is missing."""
-    found, shares = np.full((count, 2), np.nan), []
-    for batch in batches:
+def digest(
+    batches: Callable[[], Iterable[Batch]], count: int, workers: int
+) -> tuple[dict[str, float], np.ndarray, Pass]:
+    """The share of tokens used, checksums, and times of a pass.
+
+    The checksums `[count, 2]` are of the pixels and tokens of every example, not a number where one is missing.
+    """
+    found, shares, came = np.full((count, 2), np.nan), [], []
+    start, cpu = time.perf_counter(), cpu_seconds()
+    for batch in batches():
+        came.append((time.perf_counter(), len(batch.examples)))
         shares.append(batch.used)
         for number, pixels, ids in batch.examples:
             thinned = np.ascontiguousarray(pixels[::STRIDE, ::STRIDE])
             found[number] = zlib.crc32(thinned), zlib.crc32(np.asarray(ids, np.int32))
-    return {kind: float(np.mean([share[kind] for share in shares])) for kind in shares[0]}, found
+    if len(came) <= workers:
+        raise UserError(f"{count} examples make {len(came)} batches, none after the first of all {workers} workers.")
+    since, last = came[workers - 1][0], came[-1][0]
+    each = (last - since) / sum(size for _, size in came[workers:])
+    times = Pass(came[0][0] - start, each, (cpu_seconds() - cpu) / count)
+    return {kind: float(np.mean([share[kind] for share in shares])) for kind in shares[0]}, found, times
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    usages = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 # --- The examples -----------------------------------------------------------------------------------------------------

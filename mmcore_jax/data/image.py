@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmcore_jax.config import QwenVision, UserError
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.models.qwen_vl import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH
-from mmcore_jax.nn.patches import merge_order
+from mmcore_jax.nn.tokens import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH, merge_order
 
 PROCESSOR_FILE = "preprocessor_config.json"
 MAXIMUM_PIXELS = 64_000_000
@@ -98,7 +98,7 @@ def _load(image: Image.Image, encoded: bytes) -> Image.Image:
     if image.format in ("JPEG", "MPO"):
         try:
             if image.mode != "CMYK":
-                return Image.fromarray(simplejpeg.decode_jpeg(encoded))
+                return _share(simplejpeg.decode_jpeg(encoded, "RGBX"))
             inks = 255 - simplejpeg.decode_jpeg(encoded, "CMYK")  # Adobe's, which are written inverted
             return Image.frombytes("CMYK", image.size, inks.tobytes())
         except ValueError as error:
@@ -108,6 +108,12 @@ def _load(image: Image.Image, encoded: bytes) -> Image.Image:
         _open(encoded).verify()
     image.load()
     return image
+
+
+def _share(pixels: np.ndarray) -> Image.Image:
+    """An RGB image in the memory of uint8 `[height, width, 4]`, which is how Pillow keeps it: copying takes a while."""
+    height, width, _ = pixels.shape
+    return Image.fromarrow(pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 4), "RGB", (width, height))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ of a row, N query tokens, C context tokens, T latent tokens.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,19 @@ import numpy as np
 from mmcore_jax.config import Budgets, Config, Data, Model, QwenVision, UserError
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example, Image, Text
-from mmcore_jax.nn import patches as patches_lib
-from mmcore_jax.nn import rotary
-from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
+from mmcore_jax.data.text import Encoder
+from mmcore_jax.nn.tokens import (
+    CLEAN,
+    IMAGE,
+    NOISED,
+    PAD,
+    QUERY,
+    TEXT,
+    VISUAL,
+    TokenMeta,
+    merge_order,
+    mrope_positions,
+)
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
 
@@ -220,7 +230,7 @@ class Item:
     @functools.cached_property
     def positions(self) -> np.ndarray:
         """`[L, 3]`: time, row, column."""
-        return rotary.mrope_positions(np.array(self.kinds) != TEXT, self.grids)
+        return mrope_positions(np.array(self.kinds) != TEXT, self.grids)
 
 
 @dataclasses.dataclass
@@ -256,18 +266,15 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.encode = Encoder(tokenizer)
         self.vision_start, self.vision_end, self.image_pad, self.turn_end, end_of_text = (
             self._special(name)
             for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|im_end|>", "<|endoftext|>")
         )
         self.ends = (self.turn_end, end_of_text)
-        self.preamble = self.encode(self._preamble())
+        self.preamble = self.encode(_preamble(tokenizer))
         self.open = {speaker: self.encode(f"<|im_start|>{speaker}\n") for speaker in ("user", "assistant")}
         self.close = self.encode("<|im_end|>\n")
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def question(self, segments: list[Text | Image], image_tokens: Sequence[int]) -> list[int]:
         """Tokens of a conversation up to where the assistant's answer begins; each image takes its `image_tokens`."""
@@ -289,15 +296,16 @@ class ChatFormat:
             raise UserError(f"the tokenizer has no special token {name}: use one of Qwen2.5-VL, or train one here.")
         return ids[0]
 
-    def _preamble(self) -> str:
-        """What the tokenizer's own chat template puts before the first turn: the system prompt of a published model."""
-        if self.tokenizer.chat_template is None:
-            return ""
-        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        before, turn, after = rendered.partition("<|im_start|>user\n?<|im_end|>\n")
-        if not turn or after:
-            raise UserError(f"the tokenizer's chat template gives {rendered!r}, not Qwen's turns: use Qwen2.5-VL's.")
-        return before
+
+def _preamble(tokenizer) -> str:
+    """What the tokenizer's own chat template puts before the first turn: the system prompt of a published model."""
+    if tokenizer.chat_template is None:
+        return ""
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    before, turn, after = rendered.partition("<|im_start|>user\n?<|im_end|>\n")
+    if not turn or after:
+        raise UserError(f"the tokenizer's chat template gives {rendered!r}, not Qwen's turns: use Qwen2.5-VL's.")
+    return before
 
 
 def make_item(
@@ -526,7 +534,7 @@ def _write_item(
 
 def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray, at: _Cursor, sizes: Geometry) -> None:
     height, width, _ = picture.shape
-    rows, cols = patches_lib.merge_order(height // sizes.vision_patch, width // sizes.vision_patch, sizes.merge)
+    rows, cols = merge_order(height // sizes.vision_patch, width // sizes.vision_patch, sizes.merge)
     span = slice(at.patch, at.patch + rows.size)
     patches.values[b, span] = image_lib.patches(picture, sizes.vision_patch, sizes.merge)
     _write_meta(patches.meta, b, span, document, at.slot, IMAGE, rows, cols)
@@ -606,7 +614,7 @@ def placeholder(config: Config, rows: int = 1) -> Interleaved | Pairs:
 # --- Pairs ------------------------------------------------------------------------------------------------------------
 
 
-def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list[int]]:
+def make_pair(example: Example, encode: Callable[[str], list[int]], max_length: int) -> tuple[bytes, list[int]]:
     """Returns the first image of an example and its first text as tokens, cut to `max_length`.
 
     Raises:
@@ -616,7 +624,7 @@ def make_pair(example: Example, tokenizer, max_length: int) -> tuple[bytes, list
     texts = [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     if not images or not texts:
         raise BadExample("no image-text pair")
-    return images[0], tokenizer.encode(texts[0], add_special_tokens=False)[:max_length]
+    return images[0], encode(texts[0])[:max_length]
 
 
 def assemble_pairs(

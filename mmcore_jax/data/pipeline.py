@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import features, layout, scan
+from mmcore_jax.data import scan
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.data.plan import Planner, Position
@@ -57,6 +57,7 @@ class Batches(grain.MapDataset):
         process_count: int = 1,
         start: Position | None = None,
         weights: Mapping[str, str] | None = None,
+        reader: Reader | None = None,
     ) -> None:
         """Opens the sources, and scans those that have not been scanned before.
 
@@ -65,6 +66,7 @@ class Batches(grain.MapDataset):
           process_index, process_count: whose slice of the global batch it is.
           start: where in the data.
           weights: for each kind of features that the batches bring along, what stands for the weights behind it.
+          reader: of the sources, where they are open already.
 
         Raises:
           UserError: for missing data or features, if more than `config.data.bad_record_limit` of a source is bad, or
@@ -72,13 +74,13 @@ class Batches(grain.MapDataset):
         """
         super().__init__()
         self._config, self._processes = config, (process_index, process_count)
-        self._weights, self._reader = weights or {}, Reader(config, weights)
+        self._reader = reader or Reader(config, weights)
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
 
     def __reduce__(self) -> tuple:
-        return Batches, (self._config, *self._processes, self._planner.start, self._weights)
+        return Batches, (self._config, *self._processes, self._planner.start, None, self._reader)
 
     @property
     def tokenizer(self) -> Any:
@@ -97,7 +99,7 @@ class Batches(grain.MapDataset):
         rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
         sources = [source for source, _ in itertools.chain(*planned)]
         return Batch(
-            self._assemble(rows, index * size),
+            self._reader.assemble(rows, index * size),
             [[prepared.id for prepared in row] for row in rows],
             np.bincount(sources, minlength=len(self.scans)),
             skipped,
@@ -134,16 +136,6 @@ class Batches(grain.MapDataset):
             if prepared[-1].shortened:
                 skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
         return prepared
-
-    def _assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
-        data = self._config.data
-        if data.layout == "pairs":
-            vision_target = self._config.model.vision_target
-            pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
-            return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
-        packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        given = features.empty(len(rows), self._config, self._weights) if self._weights else None
-        return layout.assemble(packed, first, data.budgets, self._reader.shown, given)
 
 
 def _end_with(parent: int, *_: int) -> None:

@@ -3,18 +3,17 @@
 import bisect
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-import jax
 
 from mmcore_jax.config import Config
 from mmcore_jax.data import features, layout, workers
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Lengths
+from mmcore_jax.data.layout import Interleaved, Lengths, Pairs
 from mmcore_jax.data.sources import open_source
-from mmcore_jax.data.text import load_tokenizer
+from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
 
 _CACHE_BYTES = 1 << 30
@@ -30,7 +29,7 @@ class Prepared(NamedTuple):
 
 
 class Reader:
-    """Random access over the examples of all sources of a config. Goes to other processes by its config."""
+    """Random access over the examples of all sources of a config; in other processes it has no `tokenizer`."""
 
     def __init__(self, config: Config, weights: Mapping[str, str] | None = None) -> None:
         """Opens the sources.
@@ -42,28 +41,31 @@ class Reader:
         Raises:
           UserError: for missing data or features, a tokenizer that does not fit, or sizes that do not.
         """
-        self._config, self._data, self._weights = config, config.data, weights or {}
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
-        self.sizes = None
-        if config.data.layout == "interleaved":
-            self._format = layout.ChatFormat(self.tokenizer)
+        chat = layout.ChatFormat(self.tokenizer) if config.data.layout == "interleaved" else None
+        sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
+        self.__setstate__((config, weights or {}, sources, Encoder(self.tokenizer), chat, []))
+        self._stores = [features.stores(config, self, number, self._weights) for number in range(len(sources))]
+        for source, stores in zip(self.sources, self._stores):
+            for store in stores:
+                features.check(config, source.name, store)
+
+    def __getstate__(self) -> tuple:
+        return self._config, self._weights, self.sources, self.encode, self._chat, self._stores
+
+    def __setstate__(self, state: tuple) -> None:
+        config, self._weights, self.sources, self.encode, self._chat, self._stores = state
+        self._config, self._data, self.sizes = config, config.data, None
+        if self._chat:
             self.sizes = layout.geometry(config.model, config.data)
             self._smaller_sizes = _smaller(self.sizes)
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
             self.shown = layout.without(self.sizes, self._weights)
-        self._stores = [features.stores(config, self, number, self._weights) for number in range(len(self.sources))]
-        for source, stores in zip(self.sources, self._stores):
-            for store in stores:
-                features.check(config, source.name, store)
         self._policies = [source.too_long for source in config.data.sources.values()]
-        bytes_each = sum(array.nbytes for array in jax.tree.leaves(layout.placeholder(config)))
+        bytes_each = len(pickle.dumps(layout.placeholder(config)))
         # An epoch must fit, or nothing is there any more when it comes again.
         if bytes_each * sum(map(len, self.sources)) <= _CACHE_BYTES:
             self.prepare = functools.cache(self.prepare)
-
-    def __reduce__(self) -> tuple:
-        return Reader, (self._config, self._weights)
 
     def read(self, source: int, index: int) -> Example:
         """Returns an example as it is; raises `BadExample`."""
@@ -100,8 +102,18 @@ class Reader:
             pictures = [shown._replace(features=found) for shown, found in zip(pictures, given)]
         return Prepared(item.id, item, pictures, shortened)
 
+    def assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
+        """Writes rows of examples into arrays; `first` is the place of the first row in the global batch."""
+        if self._data.layout == "pairs":
+            target = self._config.model.vision_target
+            pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
+            return layout.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
+        packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
+        given = features.empty(len(rows), self._config, self._weights) if self._weights else None
+        return layout.assemble(packed, first, self._data.budgets, self.shown, given)
+
     def _pair(self, example: Example) -> tuple[bytes, list[int]]:
-        return layout.make_pair(example, self.tokenizer, self._config.model.vision_target.text.max_length)
+        return layout.make_pair(example, self.encode, self._config.model.vision_target.text.max_length)
 
     def _fit(self, example: Example, policy: str) -> tuple[layout.Item, str | None]:
         """The item of an example, shortened by the policy of its source if it is too long for a row, and how."""
@@ -125,7 +137,7 @@ class Reader:
         self, example: Example, sizes: layout.Geometry, text_limit: int | None = None
     ) -> tuple[layout.Item, str | None]:
         """An example as tokens, and the budget that it exceeds."""
-        item = layout.make_item(example, self._format, sizes, self._user_text, text_limit)
+        item = layout.make_item(example, self._chat, sizes, self._user_text, text_limit)
         return item, layout.exceeded(layout.lengths(item, sizes), self._data.budgets)
 
 

@@ -16,7 +16,7 @@ from mmcore_jax.data.layout import Item
 from mmcore_jax.data.plan import Planner
 from mmcore_jax.data.reader import Prepared, Reader, over_source
 from mmcore_jax.data.scan import Scan
-from mmcore_jax.nn.masks import QUERY, TEXT
+from mmcore_jax.nn.tokens import QUERY, TEXT
 from mmcore_jax.progress import Progress
 
 _CHUNK = 256  # examples
@@ -111,7 +111,7 @@ def _count(reader: Reader, number: int, first: int, last: int) -> Survey:
             found.shortened[shortened] += 1
         for segment in example["segments"]:
             if segment["type"] == "text":
-                found.texts[_power(len(reader.tokenizer.encode(segment["text"], add_special_tokens=False)))] += 1
+                found.texts[_power(len(reader.encode(segment["text"])))] += 1
             else:
                 found.images[_power(math.sqrt(math.prod(image_lib.read_size(segment["image"]))))] += 1
     return found

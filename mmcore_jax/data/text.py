@@ -76,7 +76,23 @@ def load_tokenizer(directory: str | pathlib.Path) -> "PreTrainedTokenizerBase":
                 f"no tokenizer in {directory}: {name} is missing, which `prepare` writes, or which you fetch with a "
                 "published model and put there."
             )
-    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer.backend_tokenizer.no_truncation()  # what tokenizer.json has of these, transformers ignores, too
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+class Encoder:
+    """Texts to token ids, with nothing added: all that preparing data needs of a tokenizer.
+
+    Any number of threads may call it. It goes to other processes, which then need `tokenizers` alone.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+
+    def __call__(self, content: str) -> list[int]:
+        return self._tokenizer.encode(content, add_special_tokens=False).ids
 
 
 def token_ids(directory: str | pathlib.Path) -> dict[str, int]:

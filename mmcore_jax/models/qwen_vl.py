@@ -21,14 +21,11 @@ from mmcore_jax.nn import masks, rotary
 from mmcore_jax.nn.attention import attention
 from mmcore_jax.nn.layers import Dense, RMSNorm, gather_tokens, merge_heads, split_heads
 from mmcore_jax.nn.masks import IMAGE, PAD, TEXT, TokenMeta
-from mmcore_jax.nn.patches import merge_order
 from mmcore_jax.nn.stack import stack
+from mmcore_jax.nn.tokens import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH, merge_order, mrope_positions
 from mmcore_jax.sharding import constrain, parameter
 
-TEMPORAL_PATCH = 2  # an image is two equal frames
 IMAGE_TOKEN = 151655  # <|image_pad|> of the published tokenizer
-IMAGE_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-IMAGE_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _INIT = nn.initializers.lecun_normal()
 # Unit embeddings keep what a token is in the residual stream, up to the hidden states that condition the diffusion.
 _EMBEDDING_INIT = nn.initializers.normal(1.0)
@@ -80,7 +77,7 @@ def prepare(
     merged = [grid // config.vision.merge_size for grid in grids]
     positions = np.zeros((*ids.shape, 3), np.int32)
     for row, sizes in enumerate(merged):
-        positions[row, valid[row]] = rotary.mrope_positions(is_image[row, valid[row]], sizes.tolist())
+        positions[row, valid[row]] = mrope_positions(is_image[row, valid[row]], sizes.tolist())
     zeros = np.zeros_like(ids)
     kind = np.where(is_image, IMAGE, np.where(valid, TEXT, PAD)).astype(np.int32)
     return Prompts(

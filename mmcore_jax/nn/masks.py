@@ -5,32 +5,14 @@ evaluates the same rule. MMCORE section 3.2 and Figure 6 give the diffusion rule
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-PAD = 0
-# Kinds of VLM tokens.
-TEXT, IMAGE, QUERY = 1, 2, 3
-# Kinds of diffusion tokens; TEXT is shared.
-VISUAL, CLEAN, NOISED = 4, 5, 6
+from mmcore_jax.nn.tokens import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
-
-class TokenMeta(NamedTuple):
-    """What attention and positions need to know of each token, int32 `[B, L]` each.
-
-    document: example within the row. frame: image slot within the row; text belongs to the image that follows it.
-    kind: one of the kinds above. row, col: position on the image grid, 0 for text. index: position within the row.
-    """
-
-    document: jax.Array
-    frame: jax.Array
-    kind: jax.Array
-    row: jax.Array
-    col: jax.Array
-    index: jax.Array
-
+__all__ = ["CLEAN", "IMAGE", "NOISED", "PAD", "QUERY", "TEXT", "VISUAL", "TokenMeta"]
+__all__ += ["Rule", "block_causal", "causal", "concatenate", "plain_meta", "same_document", "same_frame", "same_window"]
 
 Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
 

@@ -21,12 +21,6 @@ def unpatchify(patches: jax.Array, size: int, height: int, width: int) -> jax.Ar
     return jnp.moveaxis(x, -4, -3).reshape(*lead, height, width, -1)
 
 
-def merge_order(rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the rows * cols patches of an image, the merge * merge patches of a merged token together."""
-    grid = np.arange(rows * cols).reshape(rows // merge, merge, cols // merge, merge)
-    return np.divmod(grid.transpose(0, 2, 1, 3).reshape(-1), cols)
-
-
 def average_pool(features: jax.Array, grid: int) -> jax.Array:
     """Patches `[B, side * side, D]`, row by row, to cells `[B, grid * grid, D]`.
 

@@ -1,33 +1,8 @@
 """Rotary position embeddings, in float32, in the rotate-half convention of Qwen2.5-VL. C channels per head."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def mrope_positions(in_grid: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Positions of Qwen2.5-VL's multimodal rotary code for one sequence, int32 `[L, 3]`: (time, row, column).
-
-    Text counts on along all three; a grid spans rows and columns from where it begins, at one time, and what follows
-    stands one behind the largest position.
-
-    Args:
-      in_grid: bool `[L]`, True on the tokens of grids.
-      grids: (rows, columns) of each grid in order; each takes the next rows * columns tokens that `in_grid` marks.
-    """
-    positions = np.zeros((len(in_grid), 3), np.int32)
-    start = position = 0
-    for rows, cols in grids:
-        first = start + int(np.argmax(in_grid[start:]))
-        positions[start:first] = position + np.arange(first - start)[:, None]
-        position, start = position + first - start, first + rows * cols
-        index = np.arange(rows * cols)
-        positions[first:start] = position + np.stack([0 * index, index // cols, index % cols], axis=1)
-        position += max(rows, cols)
-    positions[start:] = position + np.arange(len(in_grid) - start)[:, None]
-    return positions
 
 
 def mrope(positions: jax.Array, sections: tuple[int, int, int], theta: float) -> tuple[jax.Array, jax.Array]:

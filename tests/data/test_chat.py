@@ -52,14 +52,19 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chat(directory):
-    return layout.ChatFormat(text.load_tokenizer(directory))
+def tokenizer(directory):
+    return text.load_tokenizer(directory)
 
 
-def published(chat, messages, image_tokens, **options):
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    return layout.ChatFormat(tokenizer)
+
+
+def published(tokenizer, chat, messages, image_tokens, **options):
     """Ids of the rendered template, each image mark repeated as often as its image has merged patches."""
     counts = iter(image_tokens)
-    ids = chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
     return [token for one in ids for token in ([one] * next(counts) if one == chat.image_pad else [one])]
 
 
@@ -76,7 +81,7 @@ def test_special_ids(chat):
     assert chat.ends == (151645, 151643)
 
 
-def test_question_is_the_published_template(chat):
+def test_question_is_the_published_template(tokenizer, chat):
     picture = example.image(rows.png(1))
     segments = [picture, example.text("what is the\nuser doing?"), example.text("A hat.", "assistant")]
     segments += [example.text("and here?"), picture, picture]
@@ -86,15 +91,15 @@ def test_question_is_the_published_template(chat):
         {"role": "user", "content": [text_part("and here?"), image_part(), image_part()]},
     ]
     counts = [6, 4, 1]
-    expected = published(chat, messages, counts, add_generation_prompt=True)
+    expected = published(tokenizer, chat, messages, counts, add_generation_prompt=True)
     assert chat.question(segments, counts) == expected
-    shown = chat.tokenizer.decode(expected)
+    shown = tokenizer.decode(expected)
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert shown.startswith(f"{system}<|im_start|>user\n<|vision_start|><|image_pad|>")
     assert shown.endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_training_rows_are_the_published_template(chat):
+def test_training_rows_are_the_published_template(tokenizer, chat):
     """A captioning example, up to the end of the answer; positions count the system prompt."""
     one = rows.document("caption", 1, "what is the user?", ("assistant", "a hat"))
     item = layout.make_item(one, chat, rows.SIZES)
@@ -102,10 +107,10 @@ def test_training_rows_are_the_published_template(chat):
         {"role": "user", "content": [image_part(), text_part("what is the user?")]},
         {"role": "assistant", "content": "a hat"},
     ]
-    expected = published(chat, messages, [4])
+    expected = published(tokenizer, chat, messages, [4])
     assert item.ids == expected[:-1]  # the template adds a line break behind the last turn
     learned = [token for token, is_learned in zip(item.ids, item.learned) if is_learned]
-    assert chat.tokenizer.decode(learned) == "a hat<|im_end|>"
+    assert tokenizer.decode(learned) == "a hat<|im_end|>"
     np.testing.assert_array_equal(item.positions[: len(chat.preamble), 0], np.arange(len(chat.preamble)))
 
 

@@ -15,7 +15,7 @@ from mmcore_jax.data.example import BadExample
 from mmcore_jax.nn import patches as patches_lib
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL
 from tests import rows, tiny
-from tests.rows import BUDGETS, CHAT, SIZES, document
+from tests.rows import BUDGETS, CHARACTERS, CHAT, SIZES, document
 
 ROW = rows.pack(rows.INTERLEAVED, rows.DRAWING)
 PICTURES = [rows.picture(seed) for seed in (1, 2, 3, 4)]  # by slot
@@ -27,7 +27,7 @@ def ids(row=ROW):
     """The text of a row, one character a token."""
     used = row.tokens.meta.kind[0] != PAD
     assert not used[used.sum() :].any()
-    return CHAT.tokenizer.decode(row.tokens.ids[0][used])
+    return CHARACTERS.decode(row.tokens.ids[0][used])
 
 
 def test_tokens_are_the_chat_format():
@@ -61,14 +61,14 @@ def test_turns_close_once_and_only_assistant_text_is_learned(segments, expected,
     row = rows.pack(document("turns", *segments))
     assert ids(row) == expected.format(**OPEN, close=CLOSE, image=QUERIES)
     targets = row.tokens.targets[0]
-    assert CHAT.tokenizer.decode(targets[targets >= 0]) == learned
+    assert CHARACTERS.decode(targets[targets >= 0]) == learned
     np.testing.assert_array_equal(row.tokens.ids[0, 1:][targets[:-1] >= 0], targets[targets >= 0])
 
 
 def test_targets_are_the_next_tokens_of_assistant_text():
     targets = ROW.tokens.targets[0]
     (where,) = np.nonzero(targets >= 0)
-    assert CHAT.tokenizer.decode(targets[where]) == "ok\x02"
+    assert CHARACTERS.decode(targets[where]) == "ok\x02"
     np.testing.assert_array_equal(ROW.tokens.ids[0, where + 1], targets[where])
 
 
@@ -167,7 +167,7 @@ def test_context_is_the_text_of_its_frame_and_its_queries():
     kinds, frames = meta.kind[0], meta.frame[0]
     for slot, text in ((1, "ab"), (2, "c"), (3, "def")):
         where = source[(kinds == TEXT) & (frames == slot)]
-        assert CHAT.tokenizer.decode(ROW.tokens.ids[0, where]) == text
+        assert CHARACTERS.decode(ROW.tokens.ids[0, where]) == text
         np.testing.assert_array_equal(source[(kinds == VISUAL) & (frames == slot)], slot * 4 + np.arange(4))
     assert set(frames[kinds != PAD]) == {1, 2, 3}
     np.testing.assert_array_equal(meta.document[0, kinds != PAD], np.where(frames == 3, 1, 0)[kinds != PAD])
@@ -308,16 +308,16 @@ def test_plan_is_a_function_of_its_seed():
 
 
 def test_pairs():
-    image, tokens = layout.make_pair(document("pair", 1, "abcdef"), CHAT.tokenizer, 4)
+    image, tokens = layout.make_pair(document("pair", 1, "abcdef"), CHAT.encode, 4)
     assert image == rows.png(1)
-    assert CHAT.tokenizer.decode(tokens) == "abcd"
+    assert CHARACTERS.decode(tokens) == "abcd"
     batch = layout.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens), None], 6, 8, 4)
     np.testing.assert_array_equal(batch.row, [6, 7, 8])
     np.testing.assert_array_equal(batch.valid, [[True, True, False, False], [True] * 4, [False] * 4])
     np.testing.assert_array_equal(batch.pixels, [*PICTURES[:2], np.zeros_like(PICTURES[0])])
     assert batch.ids[0].tolist() == [ord("a"), ord("b"), 0, 0]
     with pytest.raises(BadExample):
-        layout.make_pair(document("no image", "abc"), CHAT.tokenizer, 4)
+        layout.make_pair(document("no image", "abc"), CHAT.encode, 4)
 
 
 @pytest.mark.parametrize(
