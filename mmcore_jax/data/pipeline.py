@@ -5,6 +5,7 @@ out bad when it is read is left out of its row, which shifts no other; `Ledger` 
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,7 +21,8 @@ from absl import flags
 from mmcore_jax.config import Config
 from mmcore_jax.data import features, layout, scan
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.data.layout import Geometry, Interleaved, Pairs
+from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.plan import Planner, Position
 from mmcore_jax.data.reader import Prepared, Reader
 from mmcore_jax.progress import progress
@@ -76,6 +78,7 @@ class Batches(grain.MapDataset):
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
+        self._one_bucket = layout.one_bucket(config)
 
     def __reduce__(self) -> tuple:
         return Batches, (self._config, *self._processes, self._planner.start, self._weights)
@@ -95,11 +98,11 @@ class Batches(grain.MapDataset):
         planned = [self._planner.row(first + row) for row in range(self._config.batch_size)]
         skipped: list[Skipped] = []
         rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
-        sources = [source for source, _ in itertools.chain(*planned)]
+        draws = [*itertools.chain(*planned)]
         return Batch(
-            self._assemble(rows, index * size),
+            self._assemble(rows, index * size, self._sizes(draws)),
             [[prepared.id for prepared in row] for row in rows],
-            np.bincount(sources, minlength=len(self.scans)),
+            np.bincount([source for source, _ in draws], minlength=len(self.scans)),
             skipped,
             self._planner.position(first + self._config.batch_size),
         )
@@ -135,7 +138,15 @@ class Batches(grain.MapDataset):
                 skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
         return prepared
 
-    def _assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
+    def _sizes(self, draws: list[Draw]) -> Geometry | None:
+        """The sizes of a global batch, with the bucket that its examples share, if they do."""
+        shown = self._reader.shown
+        if not self._one_bucket:
+            return shown
+        number = max(self.scans[source].table["bucket"][index] for source, index in draws)
+        return dataclasses.replace(shown, buckets=(shown.buckets[max(number, 1) - 1],))
+
+    def _assemble(self, rows: list[list[Prepared]], first: int, sizes: Geometry | None) -> Interleaved | Pairs:
         data = self._config.data
         if data.layout == "pairs":
             vision_target = self._config.model.vision_target
@@ -143,7 +154,7 @@ class Batches(grain.MapDataset):
             return layout.assemble_pairs(pairs, first, vision_target.vision.image_size, vision_target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
         given = features.empty(len(rows), self._config, self._weights) if self._weights else None
-        return layout.assemble(packed, first, data.budgets, self._reader.shown, given)
+        return layout.assemble(packed, first, data.budgets, sizes, given)
 
 
 def _end_with(parent: int, *_: int) -> None:

@@ -45,7 +45,7 @@ class Reader:
         self._config, self._data, self._weights = config, config.data, weights or {}
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
-        self.sizes = None
+        self.sizes = self.shown = None
         if config.data.layout == "interleaved":
             self._format = layout.ChatFormat(self.tokenizer)
             self.sizes = layout.geometry(config.model, config.data)
@@ -69,8 +69,10 @@ class Reader:
         """Returns an example as it is; raises `BadExample`."""
         return self.sources[source][index]
 
-    def measure(self, source: int, index: int) -> Lengths:
-        """What an example takes of each budget; its images are read no further than their headers.
+    def measure(self, source: int, index: int) -> tuple[Lengths, int]:
+        """What an example takes of each budget, and 1 + its bucket, or 0 if it generates nothing.
+
+        Its images are read no further than their headers.
 
         Raises:
           BadExample: if it cannot be used.
@@ -79,12 +81,13 @@ class Reader:
         if self._data.layout == "pairs":
             encoded, _ = self._pair(example)
             image_lib.read_size(encoded)
-            return Lengths(0, 0, 0, 0, 1)
+            return Lengths(0, 0, 0, 0, 1), 0
         item, _ = self._fit(example, self._policies[source])
         for frame in item.frames:
             if frame.size is None:  # of the others it follows from the header
                 image_lib.read_size(frame.encoded)
-        return layout.lengths(item, self.sizes)
+        shape = item.frames[0].shape if item.frames else None
+        return layout.lengths(item, self.sizes), 1 + self.sizes.buckets.index(shape) if shape else 0
 
     def prepare(self, source: int, index: int) -> Prepared:
         """Reads, checks, tokenises and decodes an example; raises `BadExample`."""
