@@ -36,6 +36,7 @@ def _openmoji() -> ConfigDict:
                 sources=dict(text_to_image=openmoji.source("text_to_image", 1.0)),
                 tokenizer=openmoji.TOKENIZER,
                 image_size=None,
+                aspect_ratios=(1.0,),
                 vlm_pixels=None,
                 budgets=dict(vlm_tokens=0, vision_patches=0, context_tokens=0, latent_tokens=0, images=1),
                 window=1024,

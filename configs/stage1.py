@@ -45,6 +45,7 @@ def _openmoji() -> ConfigDict:
                 sources={task: openmoji.source(task, weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=None,
+                aspect_ratios=(1.0,),
                 vlm_pixels=openmoji.VLM_PIXELS,
                 budgets=dict(vlm_tokens=128, vision_patches=128, context_tokens=0, latent_tokens=0, images=7),
                 window=1024,
@@ -123,6 +124,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
                 sources={task: published.source(task, weight) for task, weight in sources.items()},
                 tokenizer=checkpoint,
                 image_size=None,
+                aspect_ratios=(1.0,),
                 vlm_pixels=published.VLM_PIXELS,
                 budgets=dict(
                     vlm_tokens=4096,

@@ -63,6 +63,7 @@ def _openmoji() -> ConfigDict:
                 sources={task: openmoji.source(task, weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=openmoji.IMAGE_SIZE,
+                aspect_ratios=(1.0,),
                 vlm_pixels=openmoji.VLM_PIXELS,
                 budgets=dict(vlm_tokens=80, vision_patches=64, context_tokens=26, latent_tokens=192, images=3),
                 window=1024,
@@ -147,6 +148,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                 sources={task: published.source(task, weight) for task, weight in sources.items()},
                 tokenizer=vlm_checkpoint,
                 image_size=1024,
+                aspect_ratios=(1.0,),
                 vlm_pixels=published.VLM_PIXELS,
                 budgets=dict(
                     vlm_tokens=2048,

@@ -61,6 +61,7 @@ Count = Annotated[int, Bounds(1)]
 Index = Annotated[int, Bounds(0)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
+AspectRatio = Annotated[float, Bounds(0.05, 20)]
 
 
 # --- The parts --------------------------------------------------------------------------------------------------------
@@ -435,8 +436,10 @@ class Budgets:
 class Data:
     """`window` examples at a time are drawn from the mixture and packed into rows.
 
-    `image_size` is the side of the squares that the diffusion transformer draws, `vlm_pixels` bounds the area of the
-    images that the VLM sees; None where a stage has no such part. The vision target sees images of its own size.
+    An example that generates images is cropped to the nearest of `aspect_ratios`, width / height; (1.0,) is squares
+    only. What the diffusion transformer draws has the area of a square of side `image_size`, at most; `vlm_pixels`
+    bounds that of the images that the VLM sees; None where a stage has no such part. The vision target sees images of
+    its own size.
 
     What the sources hold is kept in `index`, and beside it `features`, which frozen parts make once and for all:
     "latents" of the autoencoder, "targets" of the vision target, "conditioning" of the VLM and what follows it. Batches
@@ -447,6 +450,7 @@ class Data:
     sources: dict[str, Source]
     tokenizer: str
     image_size: int | None
+    aspect_ratios: tuple[AspectRatio, ...]
     vlm_pixels: tuple[int, int] | None
     budgets: Budgets
     window: int

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Config, UserError, door
+from mmcore_jax.data.example import Example
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.evaluation import openmoji, scores
 from mmcore_jax.evaluation.openmoji import Drawings, Sheets
@@ -95,11 +96,16 @@ SUITES: dict[str, Callable[[argparse.Namespace], tuple[Scores, Sheets]]] = {
 
 
 def make_draw(run: Run, steps: int | None, seed: int) -> openmoji.Draw:
-    """The sampler of a run, with the settings of its config but for `steps`."""
-    settings = run.config.sampling
+    """The sampler of a run, with the settings of its config but for `steps`; it draws squares."""
+    settings, side = run.config.sampling, run.config.data.image_size
     settings = dataclasses.replace(settings, steps=steps or settings.steps)
     generator = Generator(run.config, run.model, run.tokenizer)
-    return lambda requests, pathways: generator(run.params, requests, settings, seed, pathways, BATCH_SIZE)
+
+    def draw(requests: Sequence[Example], pathways: str) -> np.ndarray:
+        sizes = [(side, side)] * len(requests)
+        return generator(run.params, requests, settings, seed, pathways, BATCH_SIZE, sizes)
+
+    return draw
 
 
 def make_extract() -> openmoji.Extract:

@@ -1,15 +1,16 @@
 """Text and images in, images out: the sampler behind `sample`, `evaluate` and the pictures during training.
 
 A request is an `Example` whose last segment is the image to generate; the bytes of that segment are not looked at.
-Earlier images are clean inputs, whoever made them. They see neither the text nor what is being drawn, so that all steps
-and branches share their keys and values, computed once.
+Earlier images are clean inputs, whoever made them, cropped to the shape of the image to come. They see neither the text
+nor what is being drawn, so that all steps and branches share their keys and values, computed once.
 
 B requests of a batch, I frames of a row, S patches of an image, M = (I - 1) S clean tokens, P values in a patch.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,12 +32,14 @@ from mmcore_jax.nn.patches import unpatchify
 # Token budgets are rounded up to multiples of this, so that few shapes are compiled.
 ROUNDING = 16
 
+Size = tuple[int, int]  # height and width in pixels
+
 
 class Generator:
     """Generates the last image of each request."""
 
     def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
-        self._model = model
+        self._config, self._model = config, model
         self._sizes = layout.geometry(config.model, config.data)
         self._format = ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
@@ -49,8 +52,9 @@ class Generator:
         seed: int | Sequence[int] = 0,
         pathways: str = "both",
         batch_size: int = 32,
-    ) -> np.ndarray:
-        """Returns uint8 images `[len(requests), size, size, 3]`.
+        sizes: Sequence[Size] | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Returns uint8 images `[len(requests), height, width, 3]`, or a list of them where their sizes differ.
 
         Args:
           params: of all parts of the stage.
@@ -58,18 +62,49 @@ class Generator:
           settings: of the sampler.
           seed: the noise of each request follows from it and from the position; of a seed each, from that alone.
           pathways: what conditions the image: "both", "text" or "visual".
-          batch_size: how many are generated at once.
+          batch_size: how many, of one size, are generated at once.
+          sizes: height and width of each; without them those of `default_size`.
+
+        Raises:
+          UserError: if an image cannot be used, or a size does not fit the diffusion transformer.
         """
-        items, pictures = zip(*(prepare(request, self._format, self._sizes) for request in requests))
-        budgets = fit(items, self._sizes)
+        sizes = sizes or [default_size(request, self._config) for request in requests]
+        keys, images = noise_keys(seed, len(requests)), {}
+        for size in dict.fromkeys(sizes):
+            chosen = [i for i, other in enumerate(sizes) if other == size]
+            drawn = self._draw(
+                params, [requests[i] for i in chosen], size, settings, keys[np.array(chosen)], pathways, batch_size
+            )
+            images |= dict(zip(chosen, drawn))
+        images = [images[i] for i in range(len(requests))]
+        return np.stack(images) if len(set(sizes)) == 1 else images
+
+    def nearest_size(self, encoded: bytes) -> Size:
+        """The size of the bucket that training has an image in."""
+        return self._sizes.drawn(layout.bucket(encoded, self._sizes))
+
+    def _draw(
+        self,
+        params: Params,
+        requests: Sequence[Example],
+        size: Size,
+        settings: Sampling,
+        keys: jax.Array,
+        pathways: str,
+        batch_size: int,
+    ) -> np.ndarray:
+        """Images of one size, `[len(requests), height, width, 3]`."""
+        sizes = layout.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
+        items, pictures = zip(*(prepare(request, self._format, sizes) for request in requests))
+        budgets = fit(items, sizes)
         scales = settings.text_scale, settings.visual_scale
         branches = guidance.branches(pathways, *scales, keep_conditional=_needs_conditional(settings))
         timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
-        batch_size, keys = min(batch_size, len(items)), noise_keys(seed, len(items))
+        batch_size = min(batch_size, len(items))
         images = []
         for first in range(0, len(items), batch_size):
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
-            batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, self._sizes)
+            batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, sizes)
             outputs = self._denoise(params, *split(batch), branches, keys[np.array(chosen)], timesteps, settings)
             images.append(np.asarray(outputs)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
@@ -78,21 +113,50 @@ class Generator:
 # --- Requests to batches ----------------------------------------------------------------------------------------------
 
 
+def default_size(request: Example, config: Config) -> Size:
+    """What a request is drawn at unless it says so: the bucket of its first image, or a square.
+
+    Raises:
+      UserError: if that image cannot be read.
+    """
+    sizes = layout.geometry(config.model, config.data)
+    given = [segment["image"] for segment in request["segments"][:-1] if segment["type"] == "image"]
+    with _usable(request):
+        return sizes.drawn(layout.bucket(given[0], sizes)) if given else (config.data.image_size,) * 2
+
+
+def check_size(size: Size, config: Config, name: str) -> None:
+    """Raises `UserError`, which calls it `name`, for a size that the diffusion transformer cannot draw."""
+    layout.of_size(config.model, layout.geometry(config.model, config.data), *size, name)
+
+
+def show_size(size: Size) -> str:
+    """A size as people write it, HEIGHTxWIDTH."""
+    return "{}x{}".format(*size)
+
+
 def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, list[Picture]]:
     """A request as tokens, and the images that it gives; the image to come starts blank.
 
     Raises:
       UserError: if an image cannot be used.
     """
-    try:
+    with _usable(request):
         item = layout.make_item(request, chat, sizes)
         *inputs, last = item.frames
         inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
         pictures = [layout.picture(frame, sizes) for frame in inputs]
-    except BadExample as bad:
-        raise UserError(f"an input image of {request['id']!r} cannot be used: {bad}.") from bad
     item.frames = [*inputs, last]
     return item, [*pictures, Picture()]
+
+
+@contextlib.contextmanager
+def _usable(request: Example) -> Iterator[None]:
+    """Turns a `BadExample` into a `UserError`."""
+    try:
+        yield
+    except BadExample as bad:
+        raise UserError(f"an input image of {request['id']!r} cannot be used: {bad}.") from bad
 
 
 def fit(items: Sequence[Item], sizes: Geometry) -> Budgets:
@@ -164,8 +228,8 @@ def denoise(
     memory = forward.model.remember(tokens(latents, clean), clean.latent_meta)
     noise = tokens(noise, batch.diffusion)
     drawn = integrate(forward.model, conditions, branches, noise, batch, timesteps, settings, memory)
-    size = batch.images.pixels.shape[-2] // model.config.autoencoder.downsampling
-    return forward.model.autoencoder.decode(unpatchify(drawn, model.config.dit.patch_size, size, size))
+    size = (side // model.config.autoencoder.downsampling for side in batch.images.pixels.shape[2:4])
+    return forward.model.autoencoder.decode(unpatchify(drawn, model.config.dit.patch_size, *size))
 
 
 def integrate(

@@ -123,7 +123,7 @@ class MMCORE(nn.Module):
         return self.conditioning(text, visual, meta, drop)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """Images `[B, I, size, size, 3]` as patches of latents, float32 `[B, I, patches, P]`."""
+        """Images `[B, I, height, width, 3]` as patches of latents, float32 `[B, I, patches, P]`."""
         return patchify(self.autoencoder.encode(pixels), self.config.dit.patch_size)
 
     def latent_tokens(self, clean: jax.Array, noised: jax.Array, batch: Interleaved) -> jax.Array:

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from mmcore_jax import __version__
+from mmcore_jax import __version__, generate
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import UserError, door
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion.solver import SOLVERS
-from mmcore_jax.generate import Generator
+from mmcore_jax.generate import Generator, Size
 from mmcore_jax.progress import progress
 from mmcore_jax.sampling import pictures, requests
 from mmcore_jax.sampling.pictures import Settings
@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "--requests",
         type=pathlib.Path,
         metavar="JSON",
-        help='a list of {"prompt": ..., "images": [PATH, ...], "output": "NAME.png", "seed": N}; images and seed may '
-        "be left out, paths are relative to the file",
+        help='a list of {"prompt": ..., "images": [PATH, ...], "output": "NAME.png", "seed": N, "size": "HxW"}; '
+        "images, seed and size may be left out, paths are relative to the file",
     )
     what.add_argument("--interactive", action="store_true", help="a conversation, each turn a picture")
     parser.add_argument("--image", type=pathlib.Path, nargs="*", default=[], help="images to edit or combine")
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=pathlib.Path, required=True, help="a .png file, or a directory without --prompt"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--size", metavar="HxW", help="height and width in pixels; default: those of the first image, or a square"
+    )
     parser.add_argument("--num", type=int, metavar="N", help="draws the prompt with N seeds, into NAME_SEED.png each")
     parser.add_argument("--solver", choices=SOLVERS, help="of the flow; default: the config's")
     parser.add_argument("--steps", type=int, help="of the solver; default: the config's")
@@ -107,10 +110,14 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.interactive:
         return []
     if arguments.requests:
-        return requests.read_requests(arguments.requests, arguments.output, arguments.seed)
+        return requests.read_requests(arguments.requests, arguments.output, arguments.seed, _size(arguments))
     request = requests.make_request(arguments.prompt, arguments.image, "--prompt", "--image")
-    job = Job(request, arguments.seed, arguments.output)
+    job = Job(request, arguments.seed, arguments.output, _size(arguments))
     return requests.number(job, arguments.num) if arguments.num else [job]
+
+
+def _size(arguments: argparse.Namespace) -> Size | None:
+    return arguments.size and requests.parse_size(arguments.size, "--size")
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------
@@ -130,9 +137,14 @@ class Painter:
         given = {name: getattr(arguments, name) for name in ("solver", "steps", "text_scale", "visual_scale")}
         given = {name: value for name, value in given.items() if value is not None}
         self._settings = dataclasses.replace(self.config.sampling, **given)
+        self._size = _size(arguments)
+        if self._size:
+            generate.check_size(self._size, self.config, f"--size {arguments.size}")
 
     def check(self, job: Job) -> None:
-        """Raises `UserError` if a request has more images than any example that the run was trained with."""
+        """Raises `UserError` if a request has more images than any example in training, or a size that does not fit."""
+        if job.size:
+            generate.check_size(job.size, self.config, f"the size {generate.show_size(job.size)} of {job.output}")
         most, given = self.config.data.budgets.images, len(requests.images_of(job.request))
         if given >= most:
             raise UserError(
@@ -140,22 +152,31 @@ class Painter:
                 f"trained with {most} at most (config.data.budgets.images): give {most - 1} or fewer."
             )
 
+    def size_of(self, job: Job) -> Size:
+        """Height and width of the picture of a job."""
+        return job.size or self._size or generate.default_size(job.request, self.config)
+
     def describe(self, job: Job) -> Settings:
         """What a picture follows from; images by their hash."""
         images = [hashlib.sha256(image).hexdigest()[:16] for image in requests.images_of(job.request)]
         description = {"prompt": requests.prompt_of(job.request), "images": " ".join(images), "seed": job.seed}
-        description |= dataclasses.asdict(self._settings)
+        description |= {"size": generate.show_size(self.size_of(job))} | dataclasses.asdict(self._settings)
         description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self.config.total_steps}
         description["mmcore_jax"] = __version__
         return {name: str(value) for name, value in description.items()}
 
     def paint(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
-        """Draws and saves the picture of each job, and yields it, uint8 `[size, size, 3]`."""
+        """Draws and saves the picture of each job, and yields it, uint8 `[height, width, 3]`; size after size."""
+        sizes = [self.size_of(job) for job in jobs]
+        for size in dict.fromkeys(sizes):
+            yield from self._paint([job for job, other in zip(jobs, sizes) if other == size], size)
+
+    def _paint(self, jobs: Sequence[Job], size: Size) -> Iterator[np.ndarray]:
         for first in range(0, len(jobs), self._batch_size):
             batch = jobs[first : first + self._batch_size]
             full = [*batch, *[batch[-1]] * (min(self._batch_size, len(jobs)) - len(batch))]  # one shape for all
-            seeds = [job.seed for job in full]
-            images = self._generate([job.request for job in full], self._settings, seeds, batch_size=len(full))
+            drawn = [job.request for job in full], self._settings, [job.seed for job in full]
+            images = self._generate(*drawn, batch_size=len(full), sizes=[size] * len(full))
             for job, image in zip(batch, images):
                 pictures.save(job.output, image, self._scale, self.describe(job))
                 yield image
@@ -187,7 +208,7 @@ def _draw_missing(painter: Painter, jobs: list[Job], sheet: pathlib.Path, rows: 
         print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already, drawn with these settings.")
     for _ in progress(painter.paint(missing), len(missing), "drawing"):
         pass
-    pictures.save_sheet(sheet, rows, painter.config.data.image_size)
+    pictures.save_sheet(sheet, rows, painter.size_of)
     print(f"{sheet.parent}: {len(missing)} of {len(jobs)} pictures drawn; all are on {sheet}.")
 
 

@@ -34,7 +34,7 @@ from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_p
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
-from mmcore_jax.training.step import Metrics, make_step
+from mmcore_jax.training.step import Metrics, make_encode, make_step
 from mmcore_jax.training.telemetry import Telemetry
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
@@ -92,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
-    step_function = jax.jit(make_step(config, model, plan), donate_argnums=0)
+    encode, step_function = make_encode(config, model, plan), jax.jit(make_step(config, model, plan), donate_argnums=0)
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
     clock = Clock(first, step_flops(config, plan, batches[first].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
@@ -113,6 +113,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     with jax.transfer_guard("disallow"):
         for step, batch in enumerate(batches.iterate(first), start=first + 1):
             arrays = sharding.shard_batch(batch.arrays, mesh)
+            arrays = encode(constants, arrays) if encode else arrays
             state, metrics = step_function(state, constants, arrays)
             pending.append(Pending(step, metrics, batch._replace(arrays=None)))
             settle(LAG)
@@ -162,15 +163,15 @@ class Pictures:
 
     def draw(self, step: int, params: Params) -> None:
         """Writes `step_000500.png`."""
+        shown = [[s["image"] for s in example["segments"] if s["type"] == "image"] for example in self._examples]
+        sizes = [self._generator.nearest_size(truth) for *_, truth in shown]
         with jax.transfer_guard("allow"):
-            images = self._generator(params, self._examples, self._config.sampling)
+            images = self._generator(params, self._examples, self._config.sampling, sizes=sizes)
         rows = []
-        for example, generated in zip(self._examples, images):
-            *given, truth = [s["image"] for s in example["segments"] if s["type"] == "image"]
+        for example, size, (*given, truth), generated in zip(self._examples, sizes, shown, images):
             prompt = " ".join(s["text"] for s in example["segments"] if s["type"] == "text")
-            size = self._config.data.image_size
-            row = [(image.decode(encoded, size), "given") for encoded in given]
-            rows.append(row + [(generated, prompt), (image.decode(truth, size), "truth")])
+            row = [(image.decode(encoded, *size), "given") for encoded in given]
+            rows.append(row + [(generated, prompt), (image.decode(truth, *size), "truth")])
         sheet(rows).save(self._directory / f"step_{step:06d}.png")
 
 

@@ -10,7 +10,17 @@ from mmcore_jax.config import Budgets
 from mmcore_jax.data import example, layout
 from mmcore_jax.data.layout import Geometry
 
-SIZES = Geometry(vlm_pixels=(64, 64), vision_patch=2, merge=2, query_grid=2, target_size=8, image_size=8, latent_side=2)
+SIDE = 8
+SIZES = Geometry(
+    vlm_pixels=(64, 64),
+    vision_patch=2,
+    merge=2,
+    query_grid=2,
+    target_size=SIDE,
+    buckets=((2, 2),),
+    latent_patch=4,
+    latent_capacity=4,
+)
 BUDGETS = Budgets(vlm_tokens=107, vision_patches=52, context_tokens=21, latent_tokens=22, images=6)
 SPECIAL = {
     "<|im_start|>": 1,
@@ -45,12 +55,12 @@ CHARACTERS = Characters()
 CHAT = layout.ChatFormat(CHARACTERS)
 
 
-def picture(seed: int, size: int = SIZES.image_size) -> np.ndarray:
+def picture(seed: int, size: int = SIDE) -> np.ndarray:
     """A random image, uint8 `[size, size, 3]`."""
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def png(seed: int, size: int = SIZES.image_size) -> bytes:
+def png(seed: int, size: int = SIDE) -> bytes:
     """The same, encoded."""
     buffer = io.BytesIO()
     Image.fromarray(picture(seed, size)).save(buffer, "PNG")

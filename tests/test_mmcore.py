@@ -61,7 +61,7 @@ def configured(data: pathlib.Path, *extra: str, **changes) -> Config:
 
 def test_a_step_and_a_picture(data):
     config = configured(data)
-    assert layout.geometry(config.model, config.data).latent_side == 4
+    assert layout.geometry(config.model, config.data).buckets == ((4, 4),)
     mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         batch, model = Batches(config)[0].arrays, MMCORE(config.model, config.execution)

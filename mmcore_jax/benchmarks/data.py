@@ -298,6 +298,7 @@ def make_config(directory: pathlib.Path, sizes: DataSizes, workers: int, vocabul
             sources={"photographs": source},
             tokenizer=str(directory / "tokenizer"),
             image_size=sizes.image_size,
+            aspect_ratios=(1.0,),
             vlm_pixels=(28 * 28, 28 * 28),
             budgets=config_lib.Budgets(
                 vlm_tokens=sizes.row_tokens,

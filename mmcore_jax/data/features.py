@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmcore_jax.config import Config, UserError
+from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.layout import Features, Item
 from mmcore_jax.data.sources import files
@@ -50,10 +51,9 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _latent_shape(config: Config) -> tuple[int, int]:
-    """Patches of an image, and P."""
+    """Patches of an image, at most, and P."""
     model = config.model
-    side = config.data.image_size // (model.dit.patch_size * model.autoencoder.downsampling)
-    return side**2, model.dit.patch_size**2 * model.dit.latent_channels
+    return layout.geometry(model, config.data).latent_capacity, model.dit.patch_size**2 * model.dit.latent_channels
 
 
 class Store:
@@ -118,11 +118,8 @@ def _to_bytes(values: np.ndarray | None, like: np.ndarray) -> bytes:
 
 
 def _from_buffer(buffer: pa.Buffer, like: np.ndarray) -> np.ndarray | None:
-    """Of one image: `like` has axes for rows and, before its values, for images or tokens; only tokens stay an axis."""
-    if not buffer.size:
-        return None
-    values = np.frombuffer(buffer, like.dtype)
-    return values.reshape(-1, *like.shape[2:]) if like.ndim == 3 else values.reshape(like.shape[2:])
+    """Of one image, `[patches, queries or tokens, values]`: the last axis is that of `like`."""
+    return np.frombuffer(buffer, like.dtype).reshape(-1, like.shape[-1]) if buffer.size else None
 
 
 def stores(config: Config, reader: Any, number: int, weights: Mapping[str, str]) -> list[Store]:

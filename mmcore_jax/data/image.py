@@ -146,27 +146,37 @@ def _damage() -> Iterator[None]:
         raise BadExample(f"image does not decode ({type(error).__name__})") from error
 
 
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """Decodes to uint8 `[size, size, 3]`: transparency over white, centre-cropped, resized by area or bicubically.
+def decode(encoded: bytes, height: int, width: int | None = None) -> np.ndarray:
+    """Decodes to uint8 `[height, width, 3]`, a square without `width`: transparency over white, the middle, scaled.
 
     Raises:
       BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
     """
-    return scale(centre_square(open_rgb(encoded)), size)
+    width = width or height
+    return scale(centre_crop(open_rgb(encoded), (height, width)), height, width)
 
 
-def scale(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes a square to uint8 `[size, size, 3]`, by area where its side is a multiple, else bicubically."""
-    return resize(image, size, size, Image.Resampling.BOX if image.width % size == 0 else Image.Resampling.BICUBIC)
+def scale(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resizes to uint8 `[height, width, 3]`, by area where the image has multiples of both, else bicubically."""
+    by_area = image.height % height == 0 and image.width % width == 0
+    return resize(image, height, width, Image.Resampling.BOX if by_area else Image.Resampling.BICUBIC)
 
 
-def centre_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of an image."""
-    side = min(image.size)
-    if image.size == (side, side):
+def centre_crop(image: Image.Image, shape: tuple[float, float]) -> Image.Image:
+    """The middle of an image, the largest part of it that is as wide for its height as `shape`, (height, width)."""
+    height, width = crop_size(image.height, image.width, shape)
+    if image.size == (width, height):
         return image
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def crop_size(height: int, width: int, shape: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of what `centre_crop` leaves of an image of `height` x `width`."""
+    rows, cols = shape
+    if width * rows > height * cols:
+        return height, max(1, round(height * cols / rows))
+    return max(1, round(width * rows / cols)), width
 
 
 def patches(image: np.ndarray, patch: int, merge: int) -> np.ndarray:

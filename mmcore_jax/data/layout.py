@@ -56,7 +56,7 @@ class Patches(NamedTuple):
 class Images(NamedTuple):
     """The images of a row by frame slot; `generated` marks those to predict, `queries` is where their queries stand."""
 
-    pixels: np.ndarray  # uint8 [B, I, size, size, 3], for the autoencoder
+    pixels: np.ndarray | None  # uint8 [B, I, height, width, 3], for the autoencoder; None once it has seen them
     targets: np.ndarray  # uint8 [B, I, size, size, 3], for the vision target
     generated: np.ndarray  # bool [B, I]
     queries: np.ndarray  # [B, I, N], position in the VLM's sequence
@@ -66,7 +66,7 @@ class Diffusion(NamedTuple):
     """The diffusion transformer's sequence, and the gather table of where each token comes from.
 
     `context_source`: VLM position of a TEXT token; slot * N + query of a VISUAL one.
-    `latent_source`: slot * patches + patch.
+    `latent_source`: slot * `Geometry.latent_capacity` + patch.
     """
 
     context_meta: TokenMeta  # [B, C]
@@ -78,7 +78,7 @@ class Diffusion(NamedTuple):
 class Features(NamedTuple):
     """What frozen networks have made of the examples beforehand; None is left to the step."""
 
-    latents: np.ndarray | None = None  # float32 [B, I, patches, P], of images that are generated or looked back at
+    latents: np.ndarray | None = None  # float32 [B, I, capacity, P], of images that are generated or looked back at
     targets: np.ndarray | None = None  # float32 [B, I, N, D_visual], target embeddings of generated images
     text: np.ndarray | None = None  # [B, C, D], hidden states, at TEXT tokens of the context
     visual: np.ndarray | None = None  # [B, I, N, D_visual], visual embeddings of generated images
@@ -111,8 +111,10 @@ class Pairs(NamedTuple):
 class Geometry:
     """The sizes that turn an example into tokens; 0 where a stage has no such part, or is given its features.
 
-    The VLM sees images of `vlm_pixels` pixels, from the least to the most. `target_size` and `image_size` are the sides
-    of what the vision target and the autoencoder see, `latent_side` counts latent patches.
+    The VLM sees images of `vlm_pixels` pixels, from the least to the most. An example that generates images is cropped
+    to one of `buckets`, (rows, columns) of latent patches; without a diffusion transformer only their ratio matters.
+    `target_size` is the side of what the vision target sees, `latent_patch` the pixels along a side of a latent patch,
+    and `latent_capacity` the most latent patches of an image.
     """
 
     vlm_pixels: tuple[int, int]
@@ -120,21 +122,29 @@ class Geometry:
     merge: int
     query_grid: int
     target_size: int
-    image_size: int
-    latent_side: int
+    buckets: tuple["Shape", ...]
+    latent_patch: int
+    latent_capacity: int
 
     @property
     def merged_patch(self) -> int:
         """Pixels along a side of a merged patch, one IMAGE token."""
         return self.vision_patch * self.merge
 
+    def drawn(self, shape: "Shape") -> tuple[int, int]:
+        """Height and width of the pixels that the autoencoder sees of a bucket."""
+        return tuple(int(self.latent_patch * side) for side in shape)
+
+
+Shape = tuple[float, float]  # height and width, in any unit
+
 
 def geometry(model: Model, data: Data) -> Geometry:
     """Derives the sizes from the parts of a model.
 
     Raises:
-      UserError: if an image size or the budget of vision patches does not fit the patches of a part, or the diffusion
-        transformer does not fit the autoencoder.
+      UserError: if an image size or the budget of vision patches does not fit the patches of a part, the diffusion
+        transformer does not fit the autoencoder, or there is no aspect ratio.
     """
     vision = model.vlm.vision
     _check_vision(vision, data)
@@ -144,14 +154,18 @@ def geometry(model: Model, data: Data) -> Geometry:
             f"config.model.queries.grid {model.queries.grid} is finer than the vision target's patches, "
             f"{target.image_size // target.patch_size} a side."
         )
+    if not data.aspect_ratios:
+        raise UserError("config.data.aspect_ratios is empty: name one at least, such as 1.0 for squares.")
+    buckets = _buckets(model, data) if model.dit else tuple((1, ratio) for ratio in data.aspect_ratios)
     return Geometry(
         vlm_pixels=data.vlm_pixels,
         vision_patch=vision.patch_size,
         merge=vision.merge_size,
         query_grid=model.queries.grid,
         target_size=target.image_size if target else 0,
-        image_size=data.image_size if model.dit else 0,
-        latent_side=_latent_side(model, data.image_size) if model.dit else 0,
+        buckets=buckets,
+        latent_patch=_latent_patch(model) if model.dit else 0,
+        latent_capacity=max(map(math.prod, buckets)) if model.dit else 0,
     )
 
 
@@ -159,7 +173,24 @@ def without(sizes: Geometry, given: Collection[str]) -> Geometry:
     """The sizes of what still has to be looked at, where some kinds of features are given."""
     sizes = dataclasses.replace(sizes, vision_patch=0) if "conditioning" in given else sizes
     sizes = dataclasses.replace(sizes, target_size=0) if "targets" in given else sizes
-    return dataclasses.replace(sizes, image_size=0) if "latents" in given else sizes
+    return dataclasses.replace(sizes, latent_patch=0) if "latents" in given else sizes
+
+
+def of_size(model: Model, sizes: Geometry, height: int, width: int, name: str) -> Geometry:
+    """The same where all that is drawn or looked back at has `height` x `width` pixels, which errors call `name`.
+
+    Raises:
+      UserError: if the size does not divide into latent patches, or has more than the table of positions.
+    """
+    shape = _latent_shape(model, height, width, name)
+    return dataclasses.replace(sizes, buckets=(shape,), latent_capacity=math.prod(shape))
+
+
+def one_bucket(config: Config) -> bool:
+    """Whether all examples of a batch have to share one of several buckets, since the run encodes their images."""
+    if config.data.layout == "pairs" or not config.model.dit or "latents" in config.data.features:
+        return False
+    return len(geometry(config.model, config.data).buckets) > 1
 
 
 def _check_vision(vision: QwenVision, data: Data) -> None:
@@ -178,26 +209,46 @@ def _check_vision(vision: QwenVision, data: Data) -> None:
         )
 
 
-def _latent_side(model: Model, image_size: int | None) -> int:
-    """Latent patches along a side of a generated image."""
+def _buckets(model: Model, data: Data) -> tuple[tuple[int, int], ...]:
+    """Of each aspect ratio, rows and columns of latent patches, no more than a square of `data.image_size` has."""
     taken, made = model.dit.latent_channels, model.autoencoder.latent_channels
     if taken != made:
         raise UserError(
             f"config.model.dit.latent_channels is {taken}, but the latents of config.model.autoencoder "
             f"have {made} channels: make it {made}."
         )
-    latent_patch = model.dit.patch_size * model.autoencoder.downsampling
-    if not image_size or image_size % latent_patch:
+    size, patch = data.image_size, _latent_patch(model)
+    side, _ = _latent_shape(model, size, size, f"config.data.image_size {size}")
+    buckets = {_nearest_shape(ratio, side**2): ratio for ratio in data.aspect_ratios}
+    for (rows, cols), ratio in buckets.items():
+        name = f"config.data.aspect_ratios {ratio:g} at image_size {size}"
+        _latent_shape(model, rows * patch, cols * patch, name)
+    return tuple(buckets)
+
+
+def _nearest_shape(ratio: float, area: int) -> tuple[int, int]:
+    """The rows and columns of no more than `area` that the largest rectangle of an aspect ratio fits into."""
+    shapes = ((rows, min(area // rows, math.ceil(rows * ratio))) for rows in range(1, area + 1))
+    return max(shapes, key=lambda shape: min(shape[0], shape[1] / ratio))
+
+
+def _latent_patch(model: Model) -> int:
+    """Pixels along a side of a latent patch."""
+    return model.dit.patch_size * model.autoencoder.downsampling
+
+
+def _latent_shape(model: Model, height: int | None, width: int | None, name: str) -> tuple[int, int]:
+    """Rows and columns of latent patches of an image."""
+    patch, grid = _latent_patch(model), model.dit.position_grid
+    if not (height and width) or height % patch or width % patch:
+        raise UserError(f"{name} must be a multiple of {patch}, for latent patches.")
+    rows, cols = height // patch, width // patch
+    if "sincos" in model.dit.position and max(rows, cols) > grid:
         raise UserError(
-            f"config.data.image_size {image_size} must be a multiple of {latent_patch}, for latent patches."
+            f"{name} makes {max(rows, cols)} latent patches a side, but the table of positions has "
+            f"config.model.dit.position_grid {grid}."
         )
-    side = image_size // latent_patch
-    if "sincos" in model.dit.position and side > model.dit.position_grid:
-        raise UserError(
-            f"config.data.image_size {image_size} makes {side} latent patches a side, but the table of positions has "
-            f"config.model.dit.position_grid {model.dit.position_grid}."
-        )
-    return side
+    return rows, cols
 
 
 # --- One example ------------------------------------------------------------------------------------------------------
@@ -237,12 +288,13 @@ class Item:
 class Frame:
     """An image of an item. `clean`: a later frame looks back at it; `text`, `queries`: VLM positions.
 
-    The VLM sees it at height and width `size`, or, if that is None, does not. `square`: it is cropped first.
+    The VLM sees it at height and width `size`, or, if that is None, does not. It is cropped to `shape` first: the
+    bucket of its item, None where that generates nothing.
     """
 
     encoded: bytes
     generate: bool
-    square: bool
+    shape: Shape | None
     size: tuple[int, int] | None = None
     clean: bool = False
     text: list[int] = dataclasses.field(default_factory=list)
@@ -314,14 +366,15 @@ def make_item(
     """Turns an example into tokens, reading no more of its images than their sizes.
 
     A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
-    next. The VLM sees images in their own shape, but in an example that generates one, all are cropped to squares.
-    Of each text the first `text_limit` tokens are taken; one that is cut has no learned end.
+    next. The VLM sees images in their own shape, but in an example that generates some, all are cropped to the bucket
+    of the first of those. Of each text the first `text_limit` tokens are taken; one that is cut has no learned end.
 
     Raises:
       BadExample: if an image cannot be read, or is too long for its width.
     """
     item, segments = Item(example["id"]), example["segments"]
-    square = any(segment["type"] == "image" and segment["generate"] for segment in segments)
+    drawn = [segment["image"] for segment in segments if segment["type"] == "image" and segment["generate"]]
+    shape = bucket(drawn[0], sizes) if drawn else None
     last = len(segments) - 1
     speakers = [segment.get("speaker") or ("assistant" if segment["generate"] else "user") for segment in segments]
     speaker, pending = None, []
@@ -338,7 +391,7 @@ def make_item(
             if learned and whole and (number == last or speakers[number + 1] != "assistant"):
                 _add_text(item, [chat.turn_end], True)
             continue
-        frame = Frame(segment["image"], segment["generate"], square)
+        frame = Frame(segment["image"], segment["generate"], shape)
         item.frames.append(frame)
         if frame.generate:
             frame.text, pending = pending, []
@@ -352,6 +405,14 @@ def make_item(
     for number, frame in enumerate(item.frames):
         frame.clean = bool(generated) and number < generated[-1]
     return item
+
+
+def bucket(encoded: bytes, sizes: Geometry) -> Shape:
+    """Which of the buckets has the aspect ratio nearest to that of an image; if there is one only, nothing is read."""
+    if len(sizes.buckets) == 1:
+        return sizes.buckets[0]
+    height, width = image_lib.read_size(encoded)
+    return min(sizes.buckets, key=lambda shape: abs(math.log(shape[1] * height / (shape[0] * width))))
 
 
 def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
@@ -368,8 +429,8 @@ def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
 
 def _vlm_size(frame: Frame, sizes: Geometry) -> tuple[int, int]:
     height, width = image_lib.read_size(frame.encoded)
-    if frame.square:
-        height = width = min(height, width)
+    if frame.shape:
+        height, width = image_lib.crop_size(height, width, frame.shape)
     return image_lib.smart_resize(height, width, sizes.merged_patch, *sizes.vlm_pixels)
 
 
@@ -396,27 +457,28 @@ def picture(frame: Frame, sizes: Geometry) -> Picture:
     """
     seen = bool(frame.size and sizes.vision_patch)
     targeted = bool(frame.generate and sizes.target_size)
-    drawn = bool((frame.generate or frame.clean) and sizes.image_size)
+    drawn = bool((frame.generate or frame.clean) and sizes.latent_patch)
     if not (seen or targeted or drawn):
         return Picture()
     image = image_lib.open_rgb(frame.encoded)
-    if frame.square:
-        image = image_lib.centre_square(image)
+    if frame.shape:
+        image = image_lib.centre_crop(image, frame.shape)
     return Picture(
         vlm=image_lib.resize(image, *frame.size) if seen else None,
-        target=image_lib.scale(image, sizes.target_size) if targeted else None,
-        pixels=image_lib.scale(image, sizes.image_size) if drawn else None,
+        target=image_lib.scale(image, sizes.target_size, sizes.target_size) if targeted else None,
+        pixels=image_lib.scale(image, *sizes.drawn(frame.shape)) if drawn else None,
     )
 
 
 def lengths(item: Item, sizes: Geometry) -> Lengths:
     """What an item takes of each budget."""
-    copies = sum(frame.clean + frame.generate for frame in item.frames)
+    drawn = bool(sizes.latent_capacity)
+    copies = [math.prod(frame.shape) for frame in item.frames for _ in range(frame.clean + frame.generate)]
     return Lengths(
         vlm_tokens=len(item.ids),
         vision_patches=item.merged * sizes.merge**2,
-        context_tokens=sum(len(frame.text) + len(frame.queries) for frame in item.frames) if sizes.latent_side else 0,
-        latent_tokens=copies * sizes.latent_side**2,
+        context_tokens=sum(len(frame.text) + len(frame.queries) for frame in item.frames) if drawn else 0,
+        latent_tokens=sum(copies) if drawn else 0,
         images=len(item.frames),
     )
 
@@ -435,8 +497,8 @@ def exceeded(taken: Lengths, budgets: Budgets) -> str | None:
 _STEEPNESS = 8.0
 
 
-def plan(taken: np.ndarray, budgets: Budgets, rng: np.random.Generator) -> list[list[int]]:
-    """Packs items of lengths `taken` `[n, 5]` into rows, and returns the rows shuffled.
+def plan(taken: np.ndarray, budgets: Budgets, rng: np.random.Generator, multiple: int = 1) -> list[list[int]]:
+    """Packs items of lengths `taken` `[n, 5]` into rows, as many as a `multiple`, and returns the rows shuffled.
 
     As few rows as the budgets allow are opened at once, and each item, the largest first, goes where the sum over
     budgets of exp(steepness * share used) grows least: so all rows fill evenly in all budgets. If an item then fits
@@ -444,10 +506,14 @@ def plan(taken: np.ndarray, budgets: Budgets, rng: np.random.Generator) -> list[
     """
     limits = np.maximum(np.array(dataclasses.astuple(budgets)), 1)
     sizes = np.asarray(taken).reshape(-1, len(limits)) / limits
-    count = math.ceil(sizes.sum(axis=0).max())
+    count = _up(sizes.sum(axis=0).max(), multiple)
     while (rows := _fill(sizes, count)) is None:
-        count += math.ceil(count / 200)
+        count += _up(count / 200, multiple)
     return [rows[i] for i in rng.permutation(count)]
+
+
+def _up(value: float, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
 
 
 def _fill(sizes: np.ndarray, count: int) -> list[list[int]] | None:
@@ -475,7 +541,8 @@ def assemble(
 ) -> Interleaved:
     """Writes rows of (item, its images) into arrays; `first` is the global position of the first row.
 
-    What the images bring of `features` is written into those, zeros before.
+    What the images bring of `features` is written into those, zeros before. Where there are pixels for the autoencoder,
+    all are of the first bucket of `sizes`.
     """
     batch = empty(len(rows), budgets, sizes)._replace(features=features or Features())
     for b, row in enumerate(rows):
@@ -525,9 +592,9 @@ def _write_item(
             batch.images.queries[b, at.slot] = start + np.array(frame.queries)
         for name, values in picture.features._asdict().items():
             if values is not None:
-                first = slice(at.context, at.context + len(values)) if name == "text" else at.slot
-                getattr(batch.features, name)[b, first] = values
-        if sizes.latent_side:
+                given = getattr(batch.features, name)[b]
+                (given[at.context :] if name == "text" else given[at.slot])[: len(values)] = values
+        if sizes.latent_capacity and frame.shape:
             _write_frame(batch.diffusion, b, document, frame, start, at, sizes)
         at.slot += 1
 
@@ -542,23 +609,23 @@ def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray,
 
 
 def _write_frame(out: Diffusion, b: int, document: int, frame: Frame, start: int, at: _Cursor, sizes: Geometry) -> None:
-    side, grid = sizes.latent_side, sizes.query_grid
-    centre = (side + 1) // 2
+    (rows, cols), grid = frame.shape, sizes.query_grid
+    top, left = (rows + 1) // 2, (cols + 1) // 2
     if frame.generate:
         span = slice(at.context, at.context + len(frame.text))
         _write_meta(out.context_meta, b, span, document, at.slot, TEXT)
         out.context_source[b, span] = start + np.array(frame.text, np.int32)
         query = np.arange(grid * grid)
         span = slice(span.stop, span.stop + query.size)
-        rows, cols = ((2 * index + 1) * side // (2 * grid) - centre for index in (query // grid, query % grid))
-        _write_meta(out.context_meta, b, span, document, at.slot, VISUAL, rows, cols)
+        y, x = ((2 * index + 1) * side // (2 * grid) for index, side in zip(divmod(query, grid), frame.shape))
+        _write_meta(out.context_meta, b, span, document, at.slot, VISUAL, y - top, x - left)
         out.context_source[b, span] = at.slot * query.size + query
         at.context = span.stop
-    patch = np.arange(side * side)
+    patch = np.arange(rows * cols)
     for kind in [CLEAN] * frame.clean + [NOISED] * frame.generate:
         span = slice(at.latent, at.latent + patch.size)
-        _write_meta(out.latent_meta, b, span, document, at.slot, kind, patch // side - centre, patch % side - centre)
-        out.latent_source[b, span] = at.slot * patch.size + patch
+        _write_meta(out.latent_meta, b, span, document, at.slot, kind, patch // cols - top, patch % cols - left)
+        out.latent_source[b, span] = at.slot * sizes.latent_capacity + patch
         at.latent = span.stop
 
 
@@ -570,7 +637,7 @@ def _write_meta(meta: TokenMeta, b: int, span: slice, document: int, frame, kind
 
 
 def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
-    """A batch of nothing but padding."""
+    """A batch of nothing but padding; its pixels are of the first bucket."""
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((rows, *shape), np.int32)
@@ -581,16 +648,16 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
 
     images, length, patches = budgets.images, budgets.vlm_tokens, bool(sizes.vision_patch) * budgets.vision_patches
 
-    def pixels(size: int) -> np.ndarray:
-        return np.zeros((rows, images, size, size, 3), np.uint8)
+    def pixels(height: int, width: int) -> np.ndarray:
+        return np.zeros((rows, images, height, width, 3), np.uint8)
 
     return Interleaved(
         row=zeros(),
         tokens=Tokens(zeros(length), meta(length), zeros(length, 3), zeros(length), zeros(length) - 1),
         patches=Patches(np.zeros((rows, patches, sizes.vision_patch**2 * 3), np.uint8), meta(patches)),
         images=Images(
-            pixels(sizes.image_size),
-            pixels(sizes.target_size),
+            pixels(*sizes.drawn(sizes.buckets[0])),
+            pixels(sizes.target_size, sizes.target_size),
             np.zeros((rows, images), bool),
             zeros(images, sizes.query_grid**2),
         ),

@@ -18,9 +18,10 @@ import numpy as np
 from absl import flags
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import scan
+from mmcore_jax.data import layout, scan
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.data.layout import Interleaved, Pairs, Shape
+from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.plan import Planner, Position
 from mmcore_jax.data.reader import Prepared, Reader
 from mmcore_jax.progress import progress
@@ -78,6 +79,7 @@ class Batches(grain.MapDataset):
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
+        self._one_bucket = layout.one_bucket(config)
 
     def __reduce__(self) -> tuple:
         return Batches, (self._config, *self._processes, self._planner.start, None, self._reader)
@@ -97,11 +99,11 @@ class Batches(grain.MapDataset):
         planned = [self._planner.row(first + row) for row in range(self._config.batch_size)]
         skipped: list[Skipped] = []
         rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
-        sources = [source for source, _ in itertools.chain(*planned)]
+        draws = [*itertools.chain(*planned)]
         return Batch(
-            self._reader.assemble(rows, index * size),
+            self._reader.assemble(rows, index * size, self._bucket(draws)),
             [[prepared.id for prepared in row] for row in rows],
-            np.bincount(sources, minlength=len(self.scans)),
+            np.bincount([source for source, _ in draws], minlength=len(self.scans)),
             skipped,
             self._planner.position(first + self._config.batch_size),
         )
@@ -136,6 +138,13 @@ class Batches(grain.MapDataset):
             if prepared[-1].shortened:
                 skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
         return prepared
+
+    def _bucket(self, draws: list[Draw]) -> Shape | None:
+        """The bucket that the examples of a global batch share, if they do."""
+        if not self._one_bucket:
+            return None
+        number = max(self.scans[source].table["bucket"][index] for source, index in draws)
+        return self._reader.sizes.buckets[max(number, 1) - 1]
 
 
 def _end_with(parent: int, *_: int) -> None:

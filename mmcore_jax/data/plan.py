@@ -3,6 +3,9 @@
 `window` examples at a time are drawn from the mixture, packed into rows, and shuffled. A window has as many rows as the
 packing gives, so where one begins follows from those before it; a `Position` says it in a few integers, and whoever has
 one continues there without planning the past again.
+
+Where the examples of a batch have to share a bucket (`layout.one_bucket`), those of each bucket are packed into whole
+batches, and the batches of a window are shuffled.
 """
 
 import bisect
@@ -42,7 +45,7 @@ class Planner:
           UserError: if all weights are 0 at some step, or a required source does not reach every batch.
         """
         self._config, self._scans = config, scans
-        self._sources = config.data.sources
+        self._sources, self._one_bucket = config.data.sources, layout.one_bucket(config)
         self._usable = [scan.usable for scan in scans]
         self._orders = [mixture.order(len(usable), config.seed, i) for i, usable in enumerate(self._usable)]
         self._changes = sorted({step for source in self._sources.values() for step, _ in source.schedule})
@@ -84,16 +87,40 @@ class Planner:
         first, last = (self._drawn(start, start.phase_window + i) for i in range(2))
         draws = mixture.draws(first, last, self._orders, (self._config.seed, 1, start.window))
         draws = [(source, int(self._usable[source][index])) for source, index in draws]
+        rng = np.random.default_rng((self._config.seed, 2, start.window))
         if self._config.data.layout == "pairs":
-            rows = [[draw] for draw in draws]
+            rows = self._place([[draw] for draw in draws])
+        elif self._one_bucket:
+            rows = self._shuffle([self._pack(part, rng) for part in self._by_bucket(draws)], rng)
         else:
-            taken = np.array([self._scans[source].table["lengths"][index] for source, index in draws])
-            rng = np.random.default_rng((self._config.seed, 2, start.window))
-            rows = [[draws[i] for i in row] for row in layout.plan(taken, self._config.data.budgets, rng)]
+            rows = self._pack(draws, rng)
+        return rows[: self._phase_end(start) - start.row]
+
+    def _pack(self, draws: list[Draw], rng: np.random.Generator) -> list[list[Draw]]:
+        """Rows of draws; where a batch has one bucket, as many as fill whole batches."""
+        taken = np.array([self._scans[source].table["lengths"][index] for source, index in draws])
+        multiple = self._config.batch_size if self._one_bucket else 1
+        packed = layout.plan(taken, self._config.data.budgets, rng, multiple)
+        return self._place([[draws[i] for i in row] for row in packed])
+
+    def _place(self, rows: list[list[Draw]]) -> list[list[Draw]]:
+        """The rows, those that hold an example of a required source at even distances."""
         for number, source in enumerate(self._sources.values()):
             if source.required:
                 rows = _spread(rows, [any(draw[0] == number for draw in row) for row in rows])
-        return rows[: self._phase_end(start) - start.row]
+        return rows
+
+    def _by_bucket(self, draws: list[Draw]) -> list[list[Draw]]:
+        """The draws of each bucket. One that generates nothing fits them all, and goes where that before it goes."""
+        numbers = np.array([self._scans[source].table["bucket"][index] for source, index in draws])
+        numbers[0] = numbers[0] or numbers.max()
+        numbers = numbers[np.maximum.accumulate(np.arange(len(draws)) * (numbers > 0))]
+        return [[draws[i] for i in np.flatnonzero(numbers == number)] for number in np.unique(numbers)]
+
+    def _shuffle(self, parts: list[list], rng: np.random.Generator) -> list:
+        """The rows of all parts, whole batches in random order."""
+        rows, size = [row for part in parts for row in part], self._config.batch_size
+        return [row for i in rng.permutation(len(rows) // size) for row in rows[i * size : (i + 1) * size]]
 
     def after(self, start: Position) -> Position:
         """Where the window after another begins."""
@@ -116,11 +143,18 @@ class Planner:
         rows = self._rows(self.start)
         for number, (name, source) in enumerate(self._sources.items()):
             holding = [i for i, row in enumerate(rows) if any(draw[0] == number for draw in row)]
-            if source.required and max(np.diff([-1, *holding, len(rows)])) > self._config.batch_size:
+            if source.required and not self._are_in_every_batch(holding, len(rows)):
                 raise UserError(
                     f"data source {name!r} is required in every batch, but stands in {len(holding)} of {len(rows)} "
                     f"rows: raise its weight, or config.batch_size {self._config.batch_size}."
                 )
+
+    def _are_in_every_batch(self, holding: list[int], count: int) -> bool:
+        """Whether rows `holding` of the `count` of a window are, wherever in a batch the window begins."""
+        size = self._config.batch_size
+        if self._one_bucket:  # it begins a batch
+            return len({i // size for i in holding}) * size == count
+        return max(np.diff([-1, *holding, count])) <= size
 
 
 def _weight(source: Source, step: int) -> float:

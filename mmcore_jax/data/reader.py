@@ -11,7 +11,7 @@ from mmcore_jax.config import Config
 from mmcore_jax.data import features, layout, workers
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Lengths, Pairs
+from mmcore_jax.data.layout import Interleaved, Lengths, Pairs, Shape
 from mmcore_jax.data.sources import open_source
 from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
@@ -55,7 +55,7 @@ class Reader:
 
     def __setstate__(self, state: tuple) -> None:
         config, self._weights, self.sources, self.encode, self._chat, self._stores = state
-        self._config, self._data, self.sizes = config, config.data, None
+        self._config, self._data, self.sizes, self.shown = config, config.data, None, None
         if self._chat:
             self.sizes = layout.geometry(config.model, config.data)
             self._smaller_sizes = _smaller(self.sizes)
@@ -71,8 +71,10 @@ class Reader:
         """Returns an example as it is; raises `BadExample`."""
         return self.sources[source][index]
 
-    def measure(self, source: int, index: int) -> Lengths:
-        """What an example takes of each budget; its images are read no further than their headers.
+    def measure(self, source: int, index: int) -> tuple[Lengths, int]:
+        """What an example takes of each budget, and 1 + its bucket, or 0 if it generates nothing.
+
+        Its images are read no further than their headers.
 
         Raises:
           BadExample: if it cannot be used.
@@ -81,12 +83,13 @@ class Reader:
         if self._data.layout == "pairs":
             encoded, _ = self._pair(example)
             image_lib.read_size(encoded)
-            return Lengths(0, 0, 0, 0, 1)
+            return Lengths(0, 0, 0, 0, 1), 0
         item, _ = self._fit(example, self._policies[source])
         for frame in item.frames:
             if frame.size is None:  # of the others it follows from the header
                 image_lib.read_size(frame.encoded)
-        return layout.lengths(item, self.sizes)
+        shape = item.frames[0].shape if item.frames else None
+        return layout.lengths(item, self.sizes), 1 + self.sizes.buckets.index(shape) if shape else 0
 
     def prepare(self, source: int, index: int) -> Prepared:
         """Reads, checks, tokenises and decodes an example; raises `BadExample`."""
@@ -102,15 +105,22 @@ class Reader:
             pictures = [shown._replace(features=found) for shown, found in zip(pictures, given)]
         return Prepared(item.id, item, pictures, shortened)
 
-    def assemble(self, rows: list[list[Prepared]], first: int) -> Interleaved | Pairs:
-        """Writes rows of examples into arrays; `first` is the place of the first row in the global batch."""
+    def assemble(self, rows: list[list[Prepared]], first: int, bucket: Shape | None = None) -> Interleaved | Pairs:
+        """Writes rows of examples into arrays.
+
+        Args:
+          rows: of examples.
+          first: the place of the first row in the global batch.
+          bucket: that all examples share, if they have to.
+        """
         if self._data.layout == "pairs":
             target = self._config.model.vision_target
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
             return layout.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
         given = features.empty(len(rows), self._config, self._weights) if self._weights else None
-        return layout.assemble(packed, first, self._data.budgets, self.shown, given)
+        sizes = dataclasses.replace(self.shown, buckets=(bucket,)) if bucket else self.shown
+        return layout.assemble(packed, first, self._data.budgets, sizes, given)
 
     def _pair(self, example: Example) -> tuple[bytes, list[int]]:
         return layout.make_pair(example, self.encode, self._config.model.vision_target.text.max_length)

@@ -1,4 +1,4 @@
-"""What the plan of rows needs of every example before training: how long it is, or why it cannot be used.
+"""What the plan of rows needs of every example before training: its lengths and bucket, or why it cannot be used.
 
 A scan reads every record once, but no image further than its header. It is kept in `config.data.index`, under a name
 that stands for the records, the tokenizer and the sizes that it was made with, and serves every run that has the same.
@@ -20,7 +20,7 @@ from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.reader import Reader, over_source
 from mmcore_jax.progress import Progress
 
-_RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8)])
+_RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8), ("bucket", np.uint16)])
 _CHUNK = 2048  # records
 _MOST_REASONS = 255
 _CASES_LOGGED = 3
@@ -28,7 +28,7 @@ _OTHER = "another reason"
 
 
 class Scan(NamedTuple):
-    """The examples of a source: `table` holds lengths, and 0 or 1 + the index of one of `reasons`."""
+    """The examples of a source: `table` holds lengths, 0 or 1 + the index of one of `reasons`, 0 or 1 + a bucket."""
 
     table: np.ndarray  # of _RECORD, [n]
     reasons: list[str]
@@ -90,7 +90,7 @@ def _fingerprint(config: Config, reader: Reader, number: int) -> str:
         repr(config.data.budgets),
         list(config.data.sources.values())[number].too_long,
         bool(next_token and next_token.user_text),
-        layout.Lengths._fields,
+        _RECORD.descr,
     ]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
@@ -102,8 +102,8 @@ def _make(reader: Reader, number: int, progress: Progress, workers: int) -> Scan
     table = np.zeros(total, _RECORD)
     known: dict[str, int] = {}
     seen: collections.Counter[str] = collections.Counter()
-    for first, (lengths, bad) in zip(range(0, total, _CHUNK), parts):
-        table["lengths"][first : first + _CHUNK] = lengths
+    for first, (part, bad) in zip(range(0, total, _CHUNK), parts):
+        table[first : first + _CHUNK] = part
         for index, reason in bad.items():
             reason = reason if reason in known or len(known) < _MOST_REASONS - 1 else _OTHER
             table["reason"][index] = known.setdefault(reason, len(known) + 1)
@@ -113,15 +113,14 @@ def _make(reader: Reader, number: int, progress: Progress, workers: int) -> Scan
 
 
 def _measure(reader: Reader, number: int, first: int, last: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Lengths `[last - first, 5]`, and the reasons of the records that cannot be used."""
-    lengths = np.zeros((last - first, len(layout.Lengths._fields)), np.int32)
-    bad = {}
+    """The part of a table `[last - first]` without reasons, and the reasons of the records that cannot be used."""
+    table, bad = np.zeros(last - first, _RECORD), {}
     for index in range(first, last):
         try:
-            lengths[index - first] = reader.measure(number, index)
+            table["lengths"][index - first], table["bucket"][index - first] = reader.measure(number, index)
         except BadExample as error:
             bad[index] = str(error)
-    return lengths, bad
+    return table, bad
 
 
 def _write(scan: Scan, table: pathlib.Path, reasons: pathlib.Path) -> None:

@@ -91,8 +91,11 @@ def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Arr
 
 
 def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:
-    """Batches of one example a row; the last one is filled up with the last example."""
+    """Batches of one example a row; the last one is filled up with the last example. What is drawn is square."""
     chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, run.config.data)
+    if run.config.model.dit:
+        side = run.config.data.image_size
+        sizes = layout.of_size(run.config.model, sizes, side, side, f"config.data.image_size {side}")
     items = [layout.make_item(example, chat, sizes) for example in examples]
     budgets = Budgets(*map(int, np.max([layout.lengths(item, sizes) for item in items], axis=0)))
     for first in range(0, len(items), batch_size):

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -61,19 +61,27 @@ def read_settings(path: pathlib.Path) -> Settings | None:
         return None
 
 
-def save_sheet(path: pathlib.Path, rows: Sequence[Sequence[Job]], size: int) -> None:
+def save_sheet(path: pathlib.Path, rows: Sequence[Sequence[Job]], size_of: Callable[[Job], tuple[int, int]]) -> None:
     """Draws a page of rows of jobs that are done: what was given, and each result over its prompt and seed.
 
-    What jobs beside each other have been given is shown once. `size` is the side of what the model generates.
+    What jobs beside each other have been given is shown once. `size_of` gives height and width of a job's picture.
     """
-    side = min(size, _PAGE_SIDE)
+    longest = max(max(size_of(job)) for row in rows for job in row)
+    side = min(longest, _PAGE_SIDE)
+
+    def show(encoded: bytes, job: Job) -> np.ndarray:
+        return image_lib.decode(encoded, *(max(1, length * side // longest) for length in size_of(job)))
+
     cells = []
     for row in rows:
-        given = dict.fromkeys(image for job in row for image in requests.images_of(job.request))
-        cells.append([(image_lib.decode(image, side), "given") for image in given])
+        given: dict[bytes, Job] = {}
+        for job in row:
+            for image in requests.images_of(job.request):
+                given.setdefault(image, job)
+        cells.append([(show(image, job), "given") for image, job in given.items()])
         for job in row:
             caption = f"{requests.prompt_of(job.request)} (seed {job.seed})"
-            cells[-1].append((image_lib.decode(job.output.read_bytes(), side), caption))
+            cells[-1].append((show(job.output.read_bytes(), job), caption))
     _write(sheet(cells, _PAGE_SIDE // side), path)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 from mmcore_jax import config as config_lib
@@ -17,21 +18,26 @@ SHEET = "sheet.png"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A picture to draw: the last image of `request`, from the noise of `seed`, into the PNG file `output`."""
+    """A picture to draw: the last image of `request`, from the noise of `seed`, into the PNG file `output`.
+
+    `size` is its height and width in pixels; without it, those that follow from the request.
+    """
 
     request: Example
     seed: int
     output: pathlib.Path
+    size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A request as a JSON file spells it; without `seed` it has that of the command line."""
+    """A request as a JSON file spells it; without `seed` and `size` it has those of the command line."""
 
     prompt: str
     output: str
     images: tuple[str, ...] = ()
     seed: int | None = None
+    size: str | None = None
 
 
 def make_request(prompt: str, images: Sequence[pathlib.Path], prompt_name: str, image_name: str) -> Example:
@@ -68,7 +74,9 @@ def read_image(path: pathlib.Path, name: str) -> Image:
     return example_lib.image(encoded)
 
 
-def read_requests(path: pathlib.Path, directory: pathlib.Path, seed: int) -> list[Job]:
+def read_requests(
+    path: pathlib.Path, directory: pathlib.Path, seed: int, size: tuple[int, int] | None = None
+) -> list[Job]:
     """The requests of a JSON file, which names images relative to its own folder and outputs relative to `directory`.
 
     Raises:
@@ -86,7 +94,8 @@ def read_requests(path: pathlib.Path, directory: pathlib.Path, seed: int) -> lis
             raise UserError(f"{where}.output in {path} is {entry.output!r}, as an earlier request's: name another.")
         images = [path.parent / name for name in entry.images]
         request = make_request(entry.prompt, images, f"{where}.prompt in {path}", f"{where} in {path}: the image")
-        jobs[output] = Job(request, own_seed, output)
+        own_size = size if entry.size is None else parse_size(entry.size, f"{where}.size in {path}")
+        jobs[output] = Job(request, own_seed, output, own_size)
     return list(jobs.values())
 
 
@@ -128,6 +137,14 @@ def check_seed(seed: int, name: str) -> None:
     """Raises `UserError` for what is no seed."""
     if not 0 <= seed < SEEDS:
         raise UserError(f"{name} is {seed}, expected a number from 0 to {SEEDS - 1}.")
+
+
+def parse_size(size: str, name: str) -> tuple[int, int]:
+    """Height and width of a size that is written HEIGHTxWIDTH; raises `UserError`, which calls it `name`."""
+    match = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", size)
+    if not match:
+        raise UserError(f"{name} is {size!r}, expected HEIGHTxWIDTH in pixels, such as 512x768.")
+    return int(match[1]), int(match[2])
 
 
 def images_of(request: Example) -> list[bytes]:

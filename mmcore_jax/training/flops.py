@@ -200,7 +200,8 @@ def _encoder_rows(config: Config, batch: Interleaved) -> dict[str, int]:
     c, images = config.model.autoencoder, _encoded_images(batch)
     if not isinstance(c, AutoencoderKL):
         return {}
-    levels = [images * (config.data.image_size >> level) ** 2 for level in range(len(c.block_channels))]
+    height, width = batch.images.pixels.shape[2:4]
+    levels = [images * (height >> level) * (width >> level) for level in range(len(c.block_channels))]
     return {f"encoded_{level}": positions for level, positions in enumerate(levels)} | {"encoded": levels[-1]}
 
 
@@ -237,7 +238,7 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
             yield "dit", _scores(model.dit.width, model.dit.dual_layers, pairs)
         c = model.autoencoder
         if isinstance(c, AutoencoderKL) and c.mid_attention:
-            positions = (config.data.image_size // c.downsampling) ** 2
+            positions = math.prod(side // c.downsampling for side in batch.images.pixels.shape[2:4])
             yield "autoencoder", _scores(c.block_channels[-1], 1, _encoded_images(batch) * positions**2)
 
 

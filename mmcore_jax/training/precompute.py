@@ -138,12 +138,16 @@ class _Maker:
         return [example if isinstance(example, str) else next(features) for example in made]
 
     def _look_at_images(self, kind: str, good: list[Prepared], frames: list[list[dict]]) -> None:
-        """Writes what follows from each image alone; equal images are looked at once."""
-        wanted: dict[bytes, tuple[np.ndarray, list[dict]]] = {}
+        """Writes what follows from each image alone; equal images are looked at once, those of a shape together."""
+        wanted: dict[tuple, dict[bytes, tuple[np.ndarray, list[dict]]]] = {}
         for picture, fields in zip(_flat(example.images for example in good), _flat(frames)):
             if (image := getattr(picture, _LOOKS[kind].picture)) is not None:
-                wanted.setdefault(image.tobytes(), (image, []))[1].append(fields)
-        different, size = list(wanted.values()), self._config.batch_size
+                wanted.setdefault(image.shape, {}).setdefault(image.tobytes(), (image, []))[1].append(fields)
+        for different in wanted.values():
+            self._look_at_shape(kind, list(different.values()))
+
+    def _look_at_shape(self, kind: str, different: list[tuple[np.ndarray, list[dict]]]) -> None:
+        size = self._config.batch_size
         for first in range(0, len(different), size):
             part = different[first : first + size]
             images = np.stack([image for image, _ in part])
@@ -156,12 +160,16 @@ class _Maker:
 
     def _read_examples(self, good: list[Prepared], frames: list[list[dict]]) -> None:
         """Writes the conditioning: packed examples through the VLM."""
-        budgets, sizes, size = self._config.data.budgets, self._reader.sizes, self._config.batch_size
+        budgets, size = self._config.data.budgets, self._config.batch_size
+        sizes = layout.without(self._reader.sizes, ["latents"])
         taken = np.array([layout.lengths(example.content, sizes) for example in good])
         rows = layout.plan(taken, budgets, np.random.default_rng(0)) if good else []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            packed = [[(good[i].content, good[i].images) for i in row] for row in part]
+            packed = [
+                [(good[i].content, [image._replace(pixels=None) for image in good[i].images]) for i in row]
+                for row in part
+            ]
             batch = layout.assemble(packed + [[]] * (size - len(part)), first, budgets, sizes)
             text, visual = map(np.asarray, self._condition(self._params, sharding.shard_batch(batch, self._mesh)))
             context, generated = batch.diffusion.context_meta, batch.images.generated
@@ -173,7 +181,7 @@ class _Maker:
 
 
 def _look(model: MMCORE, params: Params, images: jax.Array, method: str) -> jax.Array:
-    """Features of images `[n, S, S, 3]`."""
+    """Features of images `[n, height, width, 3]`."""
     return model.apply({"params": params}, images[:, None], method=method)[:, 0]
 
 

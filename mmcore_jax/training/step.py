@@ -1,4 +1,7 @@
-"""The one step of every stage: sum the weighted objectives, differentiate what trains, update."""
+"""The one step of every stage: sum the weighted objectives, differentiate what trains, update.
+
+Where batches have images of several shapes, these become latents before the step, which is compiled once for them all.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmcore_jax.config import Config
+from mmcore_jax.config import Config, UserError
+from mmcore_jax.data import layout
+from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.mmcore import MMCORE, Forward
 from mmcore_jax.objectives import OBJECTIVES
+from mmcore_jax.sharding import constrain
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join
 
@@ -49,6 +55,35 @@ def make_step(config: Config, model: MMCORE, plan: Plan) -> Callable[[State, Con
         return State(state.step + 1, params, opt_state, ema), metrics
 
     return step
+
+
+def make_encode(config: Config, model: MMCORE, plan: Plan) -> Callable[[Constants, Interleaved], Interleaved] | None:
+    """Returns what puts latents into a batch in place of its pixels, compiled for each bucket; None if there is one.
+
+    Raises:
+      UserError: if the autoencoder trains, which no gradient would reach.
+    """
+    if not layout.one_bucket(config):
+        return None
+    for path in plan.trainable:
+        if path.startswith("autoencoder/"):
+            raise UserError(
+                f"config.tuning trains {path!r}, but images of several config.data.aspect_ratios are encoded before "
+                "the step: freeze autoencoder/.*, or leave one ratio."
+            )
+    capacity = layout.geometry(config.model, config.data).latent_capacity
+
+    @jax.jit
+    def encode(constants: Constants, pixels: jax.Array) -> jax.Array:
+        latents = model.apply({"params": join({}, constants)}, pixels, method="latents")
+        latents = jnp.pad(latents, ((0, 0), (0, 0), (0, capacity - latents.shape[2]), (0, 0)))
+        return constrain(latents, "batch", None, None, None)
+
+    def replace(constants: Constants, batch: Interleaved) -> Interleaved:
+        features = batch.features._replace(latents=encode(constants, batch.images.pixels))
+        return batch._replace(images=batch.images._replace(pixels=None), features=features)
+
+    return replace
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:

@@ -112,7 +112,9 @@ def test_training_sees_what_the_published_processor_gives(box):
     buffer = io.BytesIO()
     PHOTOGRAPH.crop(box).save(buffer, "PNG")
     document = {"id": "", "task": "", "segments": [example.image(buffer.getvalue()), example.text("a", "assistant")]}
-    sizes = Geometry((least, most), 14, 2, query_grid=2, target_size=0, image_size=0, latent_side=0)
+    sizes = Geometry(
+        (least, most), 14, 2, query_grid=2, target_size=0, buckets=((1, 1),), latent_patch=0, latent_capacity=0
+    )
     budgets = config.Budgets(vlm_tokens=128, vision_patches=240, context_tokens=0, latent_tokens=0, images=1)
     row = rows.pack(document, budgets=budgets, sizes=sizes)
 

@@ -189,7 +189,7 @@ def test_latents_are_copies_of_their_frames():
 
 def test_latent_source_picks_the_patches_of_the_picture():
     """`latent_source` counts patches as `patchify` orders them."""
-    size = SIZES.image_size // SIZES.latent_side
+    size = SIZES.latent_patch
     flat = np.asarray(patches_lib.patchify(ROW.images.pixels, size)).reshape(-1, size * size * 3)
     meta = ROW.diffusion.latent_meta
     for number in np.flatnonzero(meta.kind[0] == NOISED):
@@ -200,7 +200,7 @@ def test_latent_source_picks_the_patches_of_the_picture():
 
 def test_visual_tokens_stand_on_the_image_grid():
     """A 2 x 2 query grid over a 4 x 4 latent grid: each query at the middle of its quarter."""
-    sizes = dataclasses.replace(SIZES, latent_side=4)
+    sizes = dataclasses.replace(SIZES, buckets=((4, 4),), latent_patch=2, latent_capacity=16)
     row = rows.pack(rows.DRAWING, sizes=sizes)
     meta = row.diffusion.context_meta
     where = meta.kind[0] == VISUAL
