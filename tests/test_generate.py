@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 
 import flax.linen as nn
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmcore_jax.bridge.conditioning import Drop
+from mmcore_jax.config import UserError
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion import flow, guidance, solver
-from mmcore_jax.generate import Generator, denoise, fit, noise_keys, prepare, split
+from mmcore_jax.generate import Generator, default_size, denoise, fit, noise_keys, prepare, split
 from mmcore_jax.mmcore import MMCORE, Forward
 from mmcore_jax.nn import attention
 from mmcore_jax.nn.layers import gather_tokens
@@ -77,6 +80,25 @@ def test_text_alone(data):
     mixed = generate(first, second, edit)
     assert np.abs(alone - mixed[:2]).max() <= 1
     assert np.abs(mixed[0] - mixed[1]).max() > 10
+
+
+def test_any_size(data):
+    """Requests of three sizes in one call; what is not said follows from the first image, here 16 x 32 pixels."""
+    config, model, params = load(data, "data.aspect_ratios=(1.0,2.0)", "model.dit.position_grid=8")
+    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
+    file = io.BytesIO()
+    Image.open(io.BytesIO(PICTURES[0])).resize((32, 16)).save(file, "PNG")
+    requests = [request([], "wide"), request([file.getvalue(), PICTURES[1]]), request([], "square")]
+    sizes = [(8, 16), *(default_size(one, config) for one in requests[1:])]
+    images = generator(params, requests, config.sampling, seed=[1, 2, 3], sizes=sizes)
+    assert [image.shape for image in images] == [(8, 16, 3), (12, 20, 3), (16, 16, 3)]
+    assert min(image.std() for image in images) > 1
+    by_default = generator(params, requests[1:2], config.sampling, seed=[2])
+    assert np.abs(by_default.astype(int) - images[1]).max() <= 1
+    assert generator.nearest_size(file.getvalue()) == (12, 20)
+    for size, words in (((8, 15), "8x15 must be a multiple of 4"), ((4, 36), "4x36 makes 9 .*position_grid 8")):
+        with pytest.raises(UserError, match=f"the size {words}"):
+            generator(params, requests[:1], config.sampling, sizes=[size])
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm_solver_2m"])

@@ -63,7 +63,11 @@ def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdi
         "prompt": "a red dot", "images": "", "seed": "6",
         "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "timestep_shift": "3.0",
         "timestep_spacing": "trailing", "scale": "2", "solver": "euler", "guidance_interval": "(0.0, 1.0)",
+<<<<<<< HEAD
         "renormalisation": "0.0",
+=======
+        "renormalisation": "0.0", "size": "16x16",
+>>>>>>> hE
         "workdir": str(workdir), "checkpoint_step": "20", "mmcore_jax": __version__,
     }  # fmt: skip
 
@@ -84,7 +88,7 @@ def test_requests_are_drawn_once(enter, tmp_path):
     listed = [
         {"prompt": "a red dot", "output": "dot.png"},
         {"prompt": "make it blue", "images": ["dot.png"], "output": "blue.png", "seed": 3},
-        {"prompt": "a red dot", "output": "other.png", "seed": 3},
+        {"prompt": "a red dot", "output": "other.png", "seed": 3, "size": "8x16"},
     ]
     (tmp_path / "in/requests.json").write_text(json.dumps(listed))
     output = tmp_path / "new/out"
@@ -98,7 +102,9 @@ def test_requests_are_drawn_once(enter, tmp_path):
     said, first = draw()
     assert "3 of 3 pictures drawn" in said
     assert set(first) == {"dot.png", "blue.png", "other.png", "sheet.png"}
-    assert first["dot.png"] != first["other.png"]
+    sizes = {name: Image.open(output / name).size for name in ("dot.png", "blue.png", "other.png")}
+    assert sizes == {"dot.png": (128, 128), "blue.png": (128, 128), "other.png": (128, 64)}
+    assert Image.open(output / "other.png").text["size"] == "8x16"
     (output / "other.png").unlink()
     (output / "dot.png").write_bytes(first["dot.png"][:-40])
     said, second = draw()
@@ -117,7 +123,7 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
     assert enter(*arguments)[0] == 0
     monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     assert enter(*arguments)[0] == 0
-    for change in ("--text_scale=1", "--scale=9", "--steps=1"):
+    for change in ("--text_scale=1", "--scale=9", "--steps=1", "--size=8x16"):
         with pytest.raises(pytest.fail.Exception):
             enter(*arguments, change)
 
@@ -135,6 +141,10 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
         (["--prompt=x", f"--seed={2**32 - 1}", "--num=2"], ["last seed of --num", "from 0 to"]),
         (["--prompt=x", "--num=0"], ["--num is 0"]),
         (["--prompt=x", "--steps=0"], ["--steps is 0"]),
+        (["--prompt=x", "--size=16"], ["--size is '16', expected HEIGHTxWIDTH"]),
+        (["--prompt=x", "--size=8x15"], ["--size 8x15 must be a multiple of 4"]),
+        (["--interactive", "--output=out", "--size=4x20"], ["--size 4x20 makes 5 latent patches a side"]),
+        (["--requests=odd.json", "--output=out"], ["the size 8x15 of out/odd.png must be a multiple of 4"]),
         (["--prompt=x", "--workdir=."], ["config.json does not exist"]),
         (["--interactive", "--num=2"], ["--num goes with --prompt only"]),
         (["--interactive", "--image", "a.png"], ["--image goes with --prompt only"]),
@@ -149,6 +159,7 @@ def test_mistakes(enter, tmp_path, monkeypatch, arguments: list[str], words: lis
     (tmp_path / "a.png").write_bytes(tiny.drawing("red", "dot"))
     many = [{"prompt": "x", "images": ["a.png"] * 3, "output": "many.png"}]
     (tmp_path / "many.json").write_text(json.dumps(many))
+    (tmp_path / "odd.json").write_text(json.dumps([{"prompt": "x", "output": "odd.png", "size": "8x15"}]))
     monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     code, _, errors = enter("--output=x.png", *arguments)
     assert code == 2

@@ -23,6 +23,7 @@ from mmcore_jax.nn.masks import NOISED, TEXT, TokenMeta
 from mmcore_jax.nn.patches import patchify, unpatchify
 from mmcore_jax.pretrained import mmdit as keys
 from mmcore_jax.pretrained import table as key_table
+from tests import rows
 from tests.reference import randomise, state_of
 
 TOLERANCE = 1e-4
@@ -274,6 +275,17 @@ def test_export_reloads_bit_by_bit(name):
     model = build(c)
     model.load_state_dict({path: torch.from_numpy(value.copy()) for path, value in exported.items()}, strict=True)
     chex.assert_trees_all_equal(state_of(model), state_of(theirs(name)))
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (5, 11), (9, 16), (24, 1)])
+def test_positions_of_a_bucket(shape):
+    """What the layout says of the patches of an image that is no square is their crop of the table."""
+    c, model = CONFIGS["SD3.5-medium"], theirs("SD3.5-medium")
+    sizes = dataclasses.replace(rows.SIZES, buckets=(shape,), latent_patch=1, latent_capacity=math.prod(shape))
+    budgets = config.Budgets(107, 0, 20, math.prod(shape), 1)
+    meta = rows.pack(rows.DRAWING, budgets=budgets, sizes=sizes).diffusion.latent_meta
+    expected = model.pos_embed.cropped_pos_embed(*(c.patch_size * side for side in shape)).numpy()
+    np.testing.assert_array_equal(mmdit.sincos_positions(c, meta), expected)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

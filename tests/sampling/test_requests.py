@@ -25,10 +25,14 @@ def read(tmp_path):
 
 
 def test_what_they_mean(read, tmp_path):
-    listed = [{"prompt": "x", "output": "x.png"}, {"prompt": "y", "images": ["a.png"], "output": "y.PNG", "seed": 0}]
+    listed = [
+        {"prompt": "x", "output": "x.png"},
+        {"prompt": "y", "images": ["a.png"], "output": "y.PNG", "seed": 0, "size": "8x24"},
+    ]
     first, second = read(listed)
     assert (first.seed, first.output) == (5, tmp_path / "out/x.png")
     assert (second.seed, second.output) == (0, tmp_path / "out/y.PNG")
+    assert (first.size, second.size) == (None, (8, 24))
     assert requests.images_of(first.request) == []
     assert requests.images_of(second.request) == [rows.png(1)]
     assert [segment["type"] for segment in second.request["segments"]] == ["image", "text", "image"]
@@ -55,6 +59,7 @@ X = {"prompt": "x", "output": "x.png"}
         ([X | {"images": ["b.png"]}], r"requests\[0\] in .*: the image .*b.png cannot be read: No such file"),
         ([X | {"images": ["text.png"]}], r"requests\[0\] in .*: the image .*text.png cannot be used: image has no"),
         ([X | {"seed": "1"}], r"requests\[0\].seed in .* is '1' of type str"),
+        ([X | {"size": "16"}], r"requests\[0\].size in .* is '16', expected HEIGHTxWIDTH"),
         ([X | {"seed": -1}], r"requests\[0\].seed in .* is -1, expected a number from 0"),
         ([X | {"output": "x.jpg"}], r"requests\[0\].output in .* is 'x.jpg', expected the name of a .png"),
         ([X | {"output": "../x.png"}], r"requests\[0\].output in .* is '../x.png', expected the name"),
