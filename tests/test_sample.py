@@ -63,11 +63,7 @@ def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdi
         "prompt": "a red dot", "images": "", "seed": "6",
         "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "timestep_shift": "3.0",
         "timestep_spacing": "trailing", "scale": "2", "solver": "euler", "guidance_interval": "(0.0, 1.0)",
-<<<<<<< HEAD
-        "renormalisation": "0.0",
-=======
         "renormalisation": "0.0", "size": "16x16",
->>>>>>> hE
         "workdir": str(workdir), "checkpoint_step": "20", "mmcore_jax": __version__,
     }  # fmt: skip
 
