@@ -65,7 +65,7 @@ def _openmoji() -> ConfigDict:
                 image_size=openmoji.IMAGE_SIZE,
                 aspect_ratios=(1.0,),
                 vlm_pixels=openmoji.VLM_PIXELS,
-                budgets=dict(vlm_tokens=80, vision_patches=64, context_tokens=26, latent_tokens=192, images=3),
+                budgets=dict(vlm_tokens=80, vision_patches=64, context_tokens=36, latent_tokens=192, images=3),
                 window=1024,
                 index=openmoji.INDEX,
                 features=(),
