@@ -104,7 +104,8 @@ def _survey(config: Config, arguments: argparse.Namespace) -> None:
     scans = [scan.load(config, reader, number, progress, arguments.workers) for number in range(len(reader.sources))]
     for number, source in enumerate(reader.sources):
         found = survey.survey(reader, number, progress, arguments.workers)
-        print(f"\n{source.name}: {len(source):,} records", *survey.lines(found), sep="\n  ")
+        report = survey.lines(found) + survey.bucket_lines(reader, scans[number])
+        print(f"\n{source.name}: {len(source):,} records", *report, sep="\n  ")
     if config.data.layout == "interleaved":
         used = survey.utilisation(config, scans).items()
         print("\nshare of each budget that is used:", *(f"{name} {share:.1%}" for name, share in used), sep="\n  ")

@@ -72,6 +72,14 @@ def lines(found: Survey) -> list[str]:
     ]
 
 
+def bucket_lines(reader: Reader, found: Scan) -> list[str]:
+    """How many examples of a source take each of several buckets."""
+    if not reader.sizes or len(reader.sizes.buckets) == 1:
+        return []
+    counts = np.bincount(found.table["bucket"][found.usable], minlength=1 + len(reader.sizes.buckets))[1:]
+    return [f"aspect ratio {cols / rows:.2f}: {n:,}" for (rows, cols), n in zip(reader.sizes.buckets, counts)]
+
+
 def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
     """An example as captioned images, as the model sees it; the text comes first, what carries loss in brackets."""
     if not isinstance(prepared.content, Item):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Budgets, UserError
-from mmcore_jax.data import example, layout, text
+from mmcore_jax.data import example, layout, survey, text
 from mmcore_jax.data.layout import Picture
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.nn.masks import CLEAN, NOISED, VISUAL
@@ -263,6 +263,13 @@ def test_a_required_source_is_in_every_batch_of_every_bucket(data):
         assert all(holding) >= bool(required)
     with pytest.raises(UserError, match="'captions' is required in every batch, but stands in"):
         Batches(make_config(data, required=("captions",), window=24))
+
+
+def test_a_report_counts_buckets(data):
+    batches = Batches(make_config(data))
+    lines = [survey.bucket_lines(batches._reader, found) for found in batches.scans]
+    assert lines[0] == ["aspect ratio 1.00: 14", "aspect ratio 1.67: 14", "aspect ratio 0.60: 13"]
+    assert lines[2] == ["aspect ratio 1.00: 0", "aspect ratio 1.67: 0", "aspect ratio 0.60: 0"]  # of captions
 
 
 def test_all_is_packed_together_where_latents_are_given(data):
