@@ -67,6 +67,7 @@ def _openmoji() -> ConfigDict:
             telemetry=dict(log_every=10, sample_every=0),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
+            gauges=openmoji.gauges(0, "caption", "text_to_image", "edit_tone"),
         )
     )
 
@@ -155,6 +156,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
             telemetry=dict(log_every=10, sample_every=0),
             mesh=published.mesh(),
             execution=published.execution(),
+            gauges=published.gauges("understanding", "text_to_image", "edit"),
         )
     )
 
