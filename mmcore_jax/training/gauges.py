@@ -13,6 +13,7 @@ it: it is then what greedy decoding writes.
 B rows, one example each.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -32,6 +33,7 @@ from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import Interleaved, Item, Picture
 from mmcore_jax.data.sources import RandomAccess, open_source
 from mmcore_jax.evaluation import probes, scores
+from mmcore_jax.generate import ROUNDING
 from mmcore_jax.mmcore import MMCORE, Forward, Params
 from mmcore_jax.objectives import alignment, next_token
 from mmcore_jax.training.state import Plan
@@ -87,8 +89,8 @@ class Gauges:
         self._sizes = layout.geometry(config.model, config.data)
         make = functools.partial(_make_case, config, layout.ChatFormat(tokenizer), self._sizes)
         self._cases = [case for source in sources for case in _choose(source, config.gauges.examples, make)]
-        taken = [layout.lengths(case.item, self._sizes) for case in self._cases]
-        self._budgets = Budgets(*map(int, np.max(taken, axis=0)))
+        taken = np.array([layout.lengths(case.item, self._sizes) for case in self._cases])
+        self._budgets = _fit(taken, config.data.budgets, mesh)
         unit = math.lcm(sharding.batch_shards(mesh), jax.process_count())
         most = config.batch_size // config.optimizer.accumulation
         self._rows = min(most, -(-len(self._cases) // unit) * unit)
@@ -158,6 +160,14 @@ def _make_case(config: Config, chat: layout.ChatFormat, sizes: layout.Geometry, 
     if excess:
         raise BadExample(excess)
     return Case(source, item, [layout.picture(frame, sizes) for frame in item.frames])
+
+
+def _fit(taken: np.ndarray, budgets: Budgets, mesh: Mesh) -> Budgets:
+    """Budgets of rows that hold any one of the examples; lengths are split over the mesh as those of training are."""
+    unit = ROUNDING * mesh.shape["context"]
+    lengths = zip(map(int, taken.max(axis=0)), dataclasses.astuple(budgets))
+    fitting = Budgets(*(min(-(-most // unit) * unit, budget) for most, budget in lengths))
+    return dataclasses.replace(fitting, images=int(taken.max(axis=0)[-1]))
 
 
 def _identity(config: Config, sources: Sequence[RandomAccess]) -> str:
