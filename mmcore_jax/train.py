@@ -32,7 +32,7 @@ from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
-from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_params
+from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.precompute import precompute
@@ -88,8 +88,10 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     # --- State: own checkpoint, else the beginning --------------------------------------------------------------------
     if checkpoints.latest_step is None:
-        known = join({}, Constants(frozen, {}))
-        statistics = alignment.measure(model, known, batches, mesh) if config.objectives.alignment else {}
+        statistics = {}
+        if config.objectives.alignment:
+            statistics = inherited_statistics(config, frozen, sharding.replicated(mesh))
+            statistics = statistics or alignment.measure(model, join({}, Constants(frozen, {})), batches, mesh)
         state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
     else:
         state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
