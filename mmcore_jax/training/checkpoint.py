@@ -163,9 +163,9 @@ def inherited_statistics(config: Config, frozen: Flat, where: jax.sharding.Shard
         return {}
     manager = _reader(source)
     record = manager.restore(manager.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-    target = fingerprints({path: x for path, x in frozen.items() if path.startswith("vision_target/")})
-    known = {part: known["fingerprint"] for part, known in record["frozen"].items() if part == "vision_target"}
-    return _load_statistics(source, where) if known == target else {}
+    known = record["frozen"].get("vision_target", {}).get("fingerprint")
+    ours = fingerprints(frozen).get("vision_target")
+    return _load_statistics(source, where) if known == ours else {}
 
 
 def _check_trained(config: Config, plan: Plan, fresh: list[str]) -> None:

@@ -10,6 +10,8 @@ from mmcore_jax import config as config_lib
 from tests import tiny
 from tests.training.test_step import run
 
+# Of SD3's last block only the image goes on: what its text would ask is asked for nothing.
+UNUSED = {"dit/last_block/y_q/bias", "dit/last_block/y_q_norm/scale"}
 ALIGNED_ONLY = ("--config.objectives.next_token=None",)
 
 
@@ -39,4 +41,4 @@ def moved(recipe: str, data: pathlib.Path, *extra: str) -> tuple[set[str], set[s
 def test_exactly_what_a_mode_trains_moves(mode, recipe, extra, trained, data) -> None:
     """Low-rank adaptation is in `test_lora.py`."""
     found, every = moved(recipe, data, *extra)
-    assert found == {path for path in every if path.split("/")[0] in trained}
+    assert found == {path for path in every if path.split("/")[0] in trained} - UNUSED
