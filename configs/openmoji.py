@@ -13,9 +13,14 @@ TOKENIZER = f"{DATA}/tokenizer"
 INDEX = f"{DATA}/index"
 
 
-def source(task: str, weight: float) -> ConfigDict:
-    """The training examples of a task."""
-    return ConfigDict(dict(kind="array_record", shards=f"{DATA}/{task}-train-*.array_record", weight=weight))
+def source(task: str, weight: float, split: str = "train") -> ConfigDict:
+    """The examples of a task."""
+    return ConfigDict(dict(kind="array_record", shards=f"{DATA}/{task}-{split}-*.array_record", weight=weight))
+
+
+def gauges(every: int, *tasks: str) -> ConfigDict:
+    """Measures on held-out examples of tasks."""
+    return ConfigDict(dict(every=every, examples=20, sources={task: source(task, 1.0, "held_out") for task in tasks}))
 
 
 def siglip(text: bool) -> ConfigDict:

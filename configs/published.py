@@ -21,6 +21,12 @@ def source(task: str, weight: float) -> ConfigDict:
     return ConfigDict(dict(kind="array_record", shards=f"data/{task}/*.array_record", weight=weight))
 
 
+def gauges(*tasks: str) -> ConfigDict:
+    """Measures on held-out examples of tasks, where their shards are expected."""
+    sources = {task: source(f"held_out/{task}", 1.0) for task in tasks}
+    return ConfigDict(dict(every=1000, examples=64, sources=sources))
+
+
 def qwen_3b() -> ConfigDict:
     """Qwen2.5-VL-3B."""
     sizes = dict(width=2048, depth=36, heads=16, kv_heads=2, mlp_width=11008, vocab_size=151936, tie_embeddings=True)

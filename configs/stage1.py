@@ -5,6 +5,7 @@
 Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
 `openmoji`: after stage 0; 3 minutes on 2 CPU cores; centred cosine 0.8 on trained captions, 0.3 on held-out ones.
 `lora`: after `openmoji`, whose VLM it keeps and adapts to captions with low-rank matrices in every layer.
+`query_only`: after `openmoji`, whose VLM it freezes; new queries and a new connector learn to read it (MetaQueries).
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: published weights in `checkpoints/` and your shards in `data/` (see README), on
 accelerators; compiled and counted, never trained yet. 64 queries as in the paper, whose score is flat by 50,000 steps;
 it gives no learning rates.
@@ -68,6 +69,7 @@ def _openmoji() -> ConfigDict:
             telemetry=dict(log_every=10, sample_every=0),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
+            gauges=openmoji.gauges(0, "caption", "text_to_image", "edit_tone"),
         )
     )
 
@@ -97,6 +99,20 @@ def _lora() -> ConfigDict:
         dict(pattern=".*"),
     )
     config.checkpoint.every = 75
+    config.gauges.every = 50
+    return config
+
+
+def _query_only() -> ConfigDict:
+    """The VLM as it is: what it knows is neither lost nor added to, so only the alignment is a loss."""
+    config = _openmoji()
+    config.update(recipe="query_only", total_steps=150)
+    config.init.vlm = "runs/stage1-openmoji"
+    del config.data.sources["caption"]
+    config.objectives.next_token = None
+    config.tuning = (dict(pattern="(vlm|vision_target)/.*", frozen=True), dict(pattern="(queries|connector)/.*"))
+    config.checkpoint.every = 75
+    config.gauges = openmoji.gauges(50, "text_to_image", "edit_tone")
     return config
 
 
@@ -157,6 +173,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
             telemetry=dict(log_every=10, sample_every=0),
             mesh=published.mesh(),
             execution=published.execution(),
+            gauges=published.gauges("understanding", "text_to_image", "edit"),
         )
     )
 
@@ -175,6 +192,7 @@ RECIPES = {
     "openmoji": _openmoji,
     "smoke": _smoke,
     "lora": _lora,
+    "query_only": _query_only,
     "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),
     "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B),
     "qwen25vl3b_frozen": _qwen25vl3b_frozen,

@@ -104,6 +104,7 @@ def _openmoji() -> ConfigDict:
             telemetry=dict(log_every=10, sample_every=2200),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
+            gauges=openmoji.gauges(0, "text_to_image", "edit_tone", "edit_colour"),
         )
     )
 
@@ -201,6 +202,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
             telemetry=dict(log_every=10, sample_every=1000),
             mesh=published.mesh(),
             execution=published.execution(),
+            gauges=published.gauges("text_to_image", "edit"),
         )
     )
 

@@ -536,6 +536,18 @@ class Telemetry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gauges:
+    """Measures on held-out `sources`, before the first step, every `every` steps (0: never) and after the last.
+
+    Of each source one example is taken from each of `examples` equal parts; its weight counts for nothing.
+    """
+
+    every: Index
+    examples: Count
+    sources: dict[str, Source]
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices along each axis; one of them may be -1: the rest."""
 
@@ -580,6 +592,7 @@ class Config:
     telemetry: Telemetry
     mesh: Mesh
     execution: Execution
+    gauges: Gauges | None = None
 
     def to_json(self) -> str:
         """Returns the config as indented JSON; `from_json` reads it back."""

@@ -60,9 +60,14 @@ def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
     return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Raises `UserError` unless the global batch divides over the mesh and the accumulation steps."""
-    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    shards = batch_shards(mesh)
     if accumulation < 1 or batch_size < 1 or batch_size % (shards * accumulation):
         raise UserError(
             f"config.batch_size {batch_size} does not divide into {shards} batch shard(s) (mesh data x fsdp) times "

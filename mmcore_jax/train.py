@@ -7,12 +7,13 @@ A run that was stopped continues where it stood. The workdir is `runs/STAGE-RECI
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,16 +23,18 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.data import image, layout
+from mmcore_jax.data.example import Example
 from mmcore_jax.data.pipeline import Batch, Batches, Ledger
 from mmcore_jax.data.plan import Position
 from mmcore_jax.data.text import keep_tokenizer
-from mmcore_jax.evaluation.sheet import sheet
+from mmcore_jax.evaluation.sheet import Cell, sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
-from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_params
+from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
 from mmcore_jax.training.flops import peak_flops, step_flops
+from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, make_encode, make_step
@@ -80,12 +83,15 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     weights = precompute(config, model, plan, frozen, mesh, progress)
     batches = Batches(config, jax.process_index(), jax.process_count(), start, weights)
     ledger = Ledger(config, jax.process_count(), seen.get("ledger"))
+    gauges = Gauges(config, model, plan, mesh, batches.tokenizer, seen.get("gauges"))
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
 
     # --- State: own checkpoint, else the beginning --------------------------------------------------------------------
     if checkpoints.latest_step is None:
-        known = join({}, Constants(frozen, {}))
-        statistics = alignment.measure(model, known, batches, mesh) if config.objectives.alignment else {}
+        statistics = {}
+        if config.objectives.alignment:
+            statistics = inherited_statistics(config, frozen, sharding.replicated(mesh))
+            statistics = statistics or alignment.measure(model, join({}, Constants(frozen, {})), batches, mesh)
         state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
     else:
         state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
@@ -110,17 +116,27 @@ def train(config: Config, workdir: pathlib.Path) -> int:
             if done.step % config.telemetry.log_every == 0 or done.step == config.total_steps:
                 telemetry.log(done.step, metrics | ledger.metrics(), **clock.rates(done.step))
 
+    def gauge(step: int) -> None:
+        """Logs the held-out measures, in a time that counts for no step."""
+        settle(0)
+        with clock.paused():
+            telemetry.record(step, gauges(join(state.ema or state.params, constants)))
+
     with jax.transfer_guard("disallow"):
+        if gauges.starting:
+            gauge(first)
         for step, batch in enumerate(batches.iterate(first), start=first + 1):
             arrays = sharding.shard_batch(batch.arrays, mesh)
             arrays = encode(constants, arrays) if encode else arrays
             state, metrics = step_function(state, constants, arrays)
             pending.append(Pending(step, metrics, batch._replace(arrays=None)))
             settle(LAG)
+            if gauges.due(step):
+                gauge(step)
             saving = step % config.checkpoint.every == 0 or step == config.total_steps or stop.requested
             if saving:
                 settle(0)
-                seen = {"position": batch.position._asdict(), "ledger": ledger.record()}
+                seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
                 checkpoints.save(state, constants, step, seen)
             if stop.requested:
                 break
@@ -149,7 +165,10 @@ class Pending(NamedTuple):
 
 
 class Pictures:
-    """Sample sheets in `WORKDIR/samples`: a few examples of each source, what is given, generated, and true."""
+    """Sample sheets in `WORKDIR/samples`: a few examples of each source, what is given, generated, and true.
+
+    An example is a row. Of one with several generated images each is drawn in its turn, the true ones before it given.
+    """
 
     PER_SOURCE = 4
 
@@ -157,22 +176,41 @@ class Pictures:
         self._directory, self._config = workdir / "samples", config
         self._directory.mkdir(exist_ok=True)
         self._generator = Generator(config, model, batches.tokenizer)
-        self._examples = [
-            example for example in batches.examples(self.PER_SOURCE) if example["segments"][-1].get("generate")
-        ]
+        self._examples = [example for example in batches.examples(self.PER_SOURCE) if turns(example)]
 
     def draw(self, step: int, params: Params) -> None:
         """Writes `step_000500.png`."""
-        shown = [[s["image"] for s in example["segments"] if s["type"] == "image"] for example in self._examples]
-        sizes = [self._generator.nearest_size(truth) for *_, truth in shown]
+        requests = [turns(example) for example in self._examples]
+        # Of an example with several images, all have the size of the first.
+        sizes = [self._generator.nearest_size(first["segments"][-1]["image"]) for first, *_ in requests]
+        each = [size for size, of_example in zip(sizes, requests) for _ in of_example]
         with jax.transfer_guard("allow"):
-            images = self._generator(params, self._examples, self._config.sampling, sizes=sizes)
-        rows = []
-        for example, size, (*given, truth), generated in zip(self._examples, sizes, shown, images):
-            prompt = " ".join(s["text"] for s in example["segments"] if s["type"] == "text")
-            row = [(image.decode(encoded, *size), "given") for encoded in given]
-            rows.append(row + [(generated, prompt), (image.decode(truth, *size), "truth")])
+            images = iter(self._generator(params, sum(requests, []), self._config.sampling, sizes=each))
+        rows = [show(example, images, size) for example, size in zip(self._examples, sizes)]
         sheet(rows).save(self._directory / f"step_{step:06d}.png")
+
+
+def show(example: Example, images: Iterator[np.ndarray], size: tuple[int, int]) -> list[Cell]:
+    """A row of a sheet: the images that an example gives, and those drawn, from `images`, beside the true ones."""
+    row, prompt = [], []
+    for segment in example["segments"]:
+        if segment["type"] == "text":
+            prompt.append(segment["text"])
+            continue
+        true = image.decode(segment["image"], *size)
+        if segment["generate"]:
+            row += [(next(images), " ".join(prompt)), (true, "truth")]
+            prompt = []
+        else:
+            row.append((true, "given"))
+    return row
+
+
+def turns(example: Example) -> list[Example]:
+    """For each image that an example generates, the request for it: the example up to there."""
+    segments = example["segments"]
+    ends = [number for number, segment in enumerate(segments, 1) if segment.get("generate")]
+    return [{**example, "segments": segments[:end]} for end in ends]
 
 
 class Clock:
@@ -191,6 +229,14 @@ class Clock:
             rates["mfu"] = self._flops / seconds / self._peak
         self.examples, self._last = 0, (step, now)
         return rates
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts no time."""
+        begin = time.perf_counter()
+        yield
+        step, then = self._last
+        self._last = step, then + time.perf_counter() - begin
 
 
 class StopSignal:

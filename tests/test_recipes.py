@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,27 @@ def load(stage: str, recipe: str) -> Config:
     return config_lib.load(str(tiny.REPOSITORY / f"configs/{stage}.py:{recipe}"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["openmoji", *RECIPES])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_fine_tuning_continues_its_stage(stage, recipe):
+    """What trains starts from the stage, which is what its workdir is called; only data and schedules are others."""
+    before, after = load(stage, recipe), load(f"{stage}_sft", recipe)
+    assert (after.stage, after.recipe) == (f"{stage}_sft", recipe)
+    assert (after.model, after.tuning) == (before.model, before.tuning)
+    for part, source in after.init.items():
+        trained = any(line.frozen and re.fullmatch(line.pattern, f"{part}/x") for line in after.tuning)
+        assert source == f"runs/{stage}-{recipe}" or (trained and before.init[part] == source), part
+    assert after.optimizer.learning_rate < before.optimizer.learning_rate
+    assert after.total_steps < before.total_steps
+    assert after.optimizer.warmup_steps < after.total_steps / 5
+    if stage == "stage2":
+        dropped, ended = (config.objectives.flow_matching.dropout for config in (after, before))
+        assert (dropped.text.start, dropped.text.end) == (ended.text.end, ended.text.end)
+        assert (dropped.visual.end, dropped.joint) == (ended.visual.end, ended.joint)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("stage", ["stage1", "stage1_sft", "stage2", "stage2_sft"])
 def test_networks_are_the_published_ones(stage, recipe, tmp_path):
     model = load(stage, recipe).model
     for part, name in PUBLISHED[recipe].items():
@@ -50,8 +70,12 @@ def test_networks_are_the_published_ones(stage, recipe, tmp_path):
         ("stage1", "qwen25vl3b_sd35m", {"vlm", "queries", "connector"}, 3_754_622_976),
         ("stage1", "qwen25vl7b_sd35l", {"vlm", "queries", "connector"}, 8_292_166_656),
         ("stage1", "qwen25vl3b_frozen", {"queries", "connector"}, 405_077_120),
+        ("stage1_sft", "qwen25vl3b_sd35m", {"vlm", "queries", "connector"}, 3_754_622_976),
+        ("stage1_sft", "qwen25vl7b_sd35l", {"vlm", "queries", "connector"}, 8_292_166_656),
         ("stage2", "qwen25vl3b_sd35m", {"dit", "conditioning"}, 2_243_171_520),
         ("stage2", "qwen25vl7b_sd35l", {"dit", "conditioning"}, 8_056_627_520),
+        ("stage2_sft", "qwen25vl3b_sd35m", {"dit", "conditioning"}, 2_243_171_520),
+        ("stage2_sft", "qwen25vl7b_sd35l", {"dit", "conditioning"}, 8_056_627_520),
     ],
 )
 def test_the_step(stage, recipe, trained, parameters):

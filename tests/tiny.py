@@ -91,6 +91,8 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
     if stage != "stage0":
         settings["data.vlm_pixels"] = (256, 256)
     settings |= {"total_steps": 20, "telemetry.log_every": 1, "telemetry.sample_every": 0, "checkpoint.every": 5}
+    if stage != "stage0":
+        settings["gauges.every"] = 0
     settings |= {"optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9}
     sources = config_lib.load(str(REPOSITORY / f"configs/{stage}.py")).data.sources
     settings |= {f"data.sources.{task}.shards": data / f"{task}-train-*.array_record" for task in sources}
@@ -104,14 +106,14 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
         settings |= {f"model.vlm.{name}": value for name, value in vlm.items()}
         settings |= {f"model.vlm.vision.{name}": value for name, value in tower.items()}
         budgets = {"vlm_tokens": 64, "vision_patches": 32, "images": 3}
-        if stage == "stage2":
+        if stage.startswith("stage2"):
             settings["data.image_size"] = 16
             settings |= {f"model.dit.{name}": tower[name] for name in ("width", "depth", "heads")}
             settings |= {"model.dit.context_width": 32, "model.dit.position_grid": 4, "model.dit.position_base": 4}
             budgets |= {"context_tokens": 40, "latent_tokens": 48}
         settings |= {"batch_size": 8, "model.connector.width": 32}
         settings |= {f"data.budgets.{name}": value for name, value in budgets.items()}
-    if stage == "stage2":
+    if stage.startswith("stage2"):
         settings = {name: value for name, value in settings.items() if "vision_target" not in name}
     return [f"--config.{name}={value}" for name, value in settings.items()]
 

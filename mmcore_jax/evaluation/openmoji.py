@@ -344,9 +344,8 @@ def score_flow(run: Run, quizzes: dict[str, Quiz], edits: dict[str, list[Edit]],
 def _flow_scores(losses: np.ndarray) -> dict[str, Score]:
     result = {}
     for dropped, rows in zip(probes.DROPPED, np.moveaxis(losses, 1, 0)):
-        for number in range(probes.TIMESTEP_BINS):
-            low, high = (edge / probes.TIMESTEP_BINS for edge in (number, number + 1))
-            result[f"drop_{dropped}/t_{low:.1f}_{high:.1f}"] = scores.mean(rows[:, number])
+        for number, name in enumerate(probes.timestep_bins()):
+            result[f"drop_{dropped}/{name}"] = scores.mean(rows[:, number])
         result[f"drop_{dropped}/t_0.0_1.0"] = scores.mean(rows.mean(axis=1))
     return result
 

@@ -4,6 +4,7 @@ Every row holds one example, and all batches of a call have one shape. B rows, R
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmcore_jax.bridge.conditioning import Drop
-from mmcore_jax.config import Budgets, Config
+from mmcore_jax.config import Alignment, Budgets, Config
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.layout import Interleaved
@@ -36,15 +37,24 @@ class Run(NamedTuple):
 
 def predicted_embeddings(run: Run, requests: Sequence[Example], batch_size: int = 50) -> np.ndarray:
     """Visual embeddings that the VLM predicts of the image that each request asks for, centred: `[n, N, D_visual]`."""
-    predict = jax.jit(functools.partial(_predicted_embeddings, run.model, run.config.objectives.alignment.center))
+    settings = run.config.objectives.alignment
+
+    def predict(params: Params, batch: Interleaved) -> jax.Array:
+        return of_first_generated(centred(Forward(run.model, params, batch), settings), batch)
+
+    predict = jax.jit(predict)
     batches = _batches(run, requests, min(batch_size, len(requests)))
     return np.concatenate([predict(run.params, batch) for batch in batches])[: len(requests)]
 
 
-def _predicted_embeddings(model: MMCORE, is_centred: bool, params: Params, batch: Interleaved) -> jax.Array:
-    forward = Forward(model, params, batch)
-    predicted = forward.visual_embeddings if is_centred else forward.visual_embeddings - forward.target_mean
-    return predicted[jnp.arange(batch.row.size), jnp.argmax(batch.images.generated, axis=1)]
+def centred(forward: Forward, settings: Alignment) -> jax.Array:
+    """The predicted visual embeddings `[B, I, N, D_visual]`, centred, whether they were trained to be or not."""
+    return forward.visual_embeddings if settings.center else forward.visual_embeddings - forward.target_mean
+
+
+def of_first_generated(values: jax.Array, batch: Interleaved) -> jax.Array:
+    """Of values of images `[B, I, ...]` those of the first generated one of each row, `[B, ...]`."""
+    return values[jnp.arange(batch.row.size), jnp.argmax(batch.images.generated, axis=1)]
 
 
 def target_embeddings(run: Run, images: np.ndarray) -> np.ndarray:
@@ -64,20 +74,21 @@ def flow_losses(run: Run, examples: Sequence[Example], seed: int, batch_size: in
 
     Noise and timesteps of an example are the same whatever is dropped.
     """
-    losses = jax.jit(functools.partial(_flow_losses, run.model))
+    losses = jax.jit(lambda params, batch, key: flow_losses_of_rows(Forward(run.model, params, batch), key))
     key = jax.random.key(seed)
     parts = [losses(run.params, batch, key) for batch in _batches(run, examples, min(batch_size, len(examples)))]
     return np.concatenate(parts)[: len(examples)]
 
 
-def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Array) -> jax.Array:
-    forward = Forward(model, params, batch)
+def flow_losses_of_rows(forward: Forward, key: jax.Array) -> jax.Array:
+    """The same of one batch, `[B, R, TIMESTEP_BINS]`; rows that generate nothing have 0."""
+    batch = forward.batch
     _ = forward.visual_embeddings, forward.text_embeddings  # computed here, outside of the loop
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
     jitter = jax.vmap(lambda key: jax.random.uniform(key, (TIMESTEP_BINS,)))(keys)
     timesteps = (jnp.arange(TIMESTEP_BINS) + jitter) / TIMESTEP_BINS
     shape = batch.images.generated.shape
-    tokens = jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED, axis=-1)
+    tokens = jnp.maximum(jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED, axis=-1), 1)
 
     def loss(setting: tuple[jax.Array, jax.Array]) -> jax.Array:
         dropped, t = setting
@@ -88,6 +99,12 @@ def _flow_losses(model: MMCORE, params: Params, batch: Interleaved, key: jax.Arr
     dropped = jnp.repeat(jnp.array(list(DROPPED.values())), TIMESTEP_BINS, axis=0)
     losses = jax.lax.map(loss, (dropped, jnp.tile(timesteps.T, (len(DROPPED), 1))))
     return losses.T.reshape(-1, len(DROPPED), TIMESTEP_BINS)
+
+
+def timestep_bins() -> list[str]:
+    """The bins by name: "t_0.0_0.1", and so on."""
+    edges = [number / TIMESTEP_BINS for number in range(TIMESTEP_BINS + 1)]
+    return [f"t_{low:.1f}_{high:.1f}" for low, high in itertools.pairwise(edges)]
 
 
 def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:

@@ -17,9 +17,14 @@ def loss(
     forward: Forward, settings: config_lib.NextToken, keys: jax.Array, step: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, dict]:
     """Mean cross entropy in nats, and the share of tokens that are predicted exactly."""
+    losses, right = by_token(forward)
+    return jnp.sum(losses) / count, {"token_accuracy": jnp.sum(right) / count}
+
+
+def by_token(forward: Forward) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy `[B, L]` in nats, and whether the token is predicted exactly; 0 and False where none is learned."""
     targets = forward.batch.tokens.targets
     logits = forward.model.logits(forward.hidden_states)
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     learned = targets >= 0
-    value = jnp.sum(learned * (jax.nn.logsumexp(logits, axis=-1) - chosen)) / count
-    return value, {"token_accuracy": jnp.sum(learned & (jnp.argmax(logits, -1) == targets)) / count}
+    return learned * (jax.nn.logsumexp(logits, axis=-1) - chosen), learned & (jnp.argmax(logits, -1) == targets)

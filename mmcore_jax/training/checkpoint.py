@@ -153,6 +153,21 @@ def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths:
     return params | (random_params(config, model, plan, batch, fresh) if fresh else {})
 
 
+def inherited_statistics(config: Config, frozen: Flat, where: jax.sharding.Sharding) -> Flat:
+    """The statistics that the connector was trained with, or nothing if it begins anew or under another vision target.
+
+    What it predicts is centred by them: others would move its target.
+    """
+    source = pathlib.Path(config.init["connector"])
+    if config.init["connector"] == RANDOM or (source / PART_FILE).is_file():
+        return {}
+    manager = _reader(source)
+    record = manager.restore(manager.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    known = record["frozen"].get("vision_target", {}).get("fingerprint")
+    ours = fingerprints(frozen).get("vision_target")
+    return _load_statistics(source, where) if known == ours else {}
+
+
 def _check_trained(config: Config, plan: Plan, fresh: list[str]) -> None:
     for path in fresh:
         if is_lora(path) and plan.tuning[path].frozen and config.init[path.split("/")[0]] != RANDOM:

@@ -36,12 +36,16 @@ class Telemetry:
 
     def log(self, step: int, metrics: dict[str, float], **rates: float) -> None:
         """Records a step. `rates` are measured speeds; what else is logged is a function of the run alone."""
-        self._file.write(json.dumps({"step": step, **metrics, **rates}) + "\n")
-        for name, value in {**metrics, **rates}.items():
-            self._board.add_scalar(name, value, step)
+        self.record(step, {**metrics, **rates})
         self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         if self._bar.disable and (step == self._total or step % max(1, self._total // 20) < step - self._last[1]):
             self._print(step, metrics)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes metrics of a step, and shows none."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._bar.close()
@@ -69,7 +73,8 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    """Takes back what comes after a step; what comes before the first one is of a beginning, and goes with it."""
+    kept = [record for record in read_metrics(path.parent) if step and record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     temporary.replace(path)

@@ -1,0 +1,54 @@
+"""Stage 1, supervised fine-tuning: a short run on a smaller, curated mixture (MMCORE section 3.1.2).
+
+    python -m mmcore_jax.train --config=configs/stage1_sft.py
+
+What trains, and by which losses, is what it was in stage 1, whose weights it starts from.
+`openmoji`: after stage 1, on the drawings that stage 2 learns to draw, edits and captions; 1 minute on 2 CPU cores.
+`qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, on your curated shards in `data/sft/`; compiled and
+counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is a fifth of
+stage 1's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5), the shares are ours.
+"""
+
+import openmoji
+import published
+import stage1
+from ml_collections import ConfigDict
+
+TRAINED = ("vlm", "queries", "connector")
+
+
+def get_config(recipe: str) -> ConfigDict:
+    """Returns the settings of a recipe."""
+    return RECIPES[recipe]()
+
+
+def _after_stage1(recipe: str) -> ConfigDict:
+    config = stage1.get_config(recipe)
+    config.stage = "stage1_sft"
+    config.init.update(dict.fromkeys(TRAINED, f"runs/stage1-{recipe}"))
+    config.optimizer.learning_rate *= 0.2
+    return config
+
+
+def _openmoji() -> ConfigDict:
+    config = _after_stage1("openmoji")
+    sources = dict(text_to_image_core=4.0, edit_tone=1.0, edit_colour=1.0, caption=1.0)
+    config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
+    config.total_steps, config.checkpoint.every, config.optimizer.warmup_steps = 100, 50, 10
+    config.gauges.every = 50
+    return config
+
+
+def _published(recipe: str) -> ConfigDict:
+    config = _after_stage1(recipe)
+    sources = dict(understanding=1.0, text_to_image=2.0, edit=1.0, interleaved=0.5)
+    config.data.sources = {task: published.source(f"sft/{task}", weight) for task, weight in sources.items()}
+    config.total_steps, config.optimizer.warmup_steps, config.gauges.every = 2000, 100, 250
+    return config
+
+
+RECIPES = {
+    "openmoji": _openmoji,
+    "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m"),
+    "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l"),
+}

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning as a stage after a stage: where its weights come from, and who finds whom."""
+
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mmcore_jax import train
+from mmcore_jax.config import UserError, from_json
+from mmcore_jax.evaluate import find_aligned
+from mmcore_jax.training import checkpoint
+from mmcore_jax.training.checkpoint import load_run
+from tests import tiny
+
+PARTS = {"stage1": ("vlm", "queries", "connector"), "stage2": ("vlm", "queries", "connector", "conditioning", "dit")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("runs") / "data")
+
+
+def after(stage: str, data: pathlib.Path, *extra: str):
+    """The fine-tuning of a stage whose run is beside the data, for a step at a learning rate of zero."""
+    init = [f"--config.init.{part}={data.parent / f'{stage}-openmoji'}" for part in PARTS[stage]]
+    init += [f"--config.init.vision_target={data.parent / 'stage0-openmoji'}"] if stage == "stage1" else []
+    still = [f"--config.{name}=0.0" for name in ("optimizer.learning_rate", "optimizer.ema_decay")]
+    return tiny.config(f"{stage}_sft", data, *init, *still, "--config.total_steps=1", *extra, random=False)
+
+
+def test_a_chain_of_stages(data) -> None:
+    """Fine-tuning at no learning rate is the stage itself; the evaluation finds the stage that aligned last."""
+    handler, runs = signal.getsignal(signal.SIGTERM), data.parent
+    for stage in PARTS:
+        aligned = [f"--config.init.{part}={runs / 'stage1_sft-openmoji'}" for part in PARTS["stage1"]]
+        init = ["--config.init.dit=random", "--config.init.conditioning=random", *aligned] if stage == "stage2" else []
+        if stage == "stage1":
+            tiny.write_run(runs / "stage0-openmoji", tiny.config("stage0", data))
+            config = tiny.config(stage, data, "--config.total_steps=1")
+            config.init["vision_target"] = str(runs / "stage0-openmoji")
+            train.train(config, runs / "stage1-openmoji")
+        else:
+            tiny.write_run(runs / "stage2-openmoji", tiny.config(stage, data, *init, random=False))
+        train.train(after(stage, data), runs / f"{stage}_sft-openmoji")
+        before, tuned = (load_run(runs / f"{name}-openmoji")[2] for name in (stage, f"{stage}_sft"))
+        for part in PARTS[stage]:
+            jax.tree.map(np.testing.assert_array_equal, before[part], tuned[part])
+    train.train(after("stage1", data, "--config.init.vision_target=random"), runs / "other-openmoji")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first, tuned, other = (
+        checkpoint._load_statistics(runs / f"{name}-openmoji", here)["target_mean"]
+        for name in ("stage1", "stage1_sft", "other")
+    )
+    np.testing.assert_array_equal(first, tuned)
+    assert np.abs(other - first).max() > 1e-2, "centred by the mean of another vision target"
+    signal.signal(signal.SIGTERM, handler)
+    assert find_aligned(from_json(runs / "stage2_sft-openmoji/config.json")) == runs / "stage1_sft-openmoji"
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_what_is_missing_says_how_to_make_it(stage, data, tmp_path) -> None:
+    missing = tmp_path / f"{stage}_sft-openmoji"
+    with pytest.raises(UserError, match=f"--config=configs/{stage}_sft.py:openmoji --workdir={missing}"):
+        checkpoint.check_sources(after(stage, data, *(f"--config.init.{part}={missing}" for part in PARTS[stage])))
