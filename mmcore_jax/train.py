@@ -34,7 +34,7 @@ from mmcore_jax.training.checkpoint import Checkpoints, check_sources, initial_p
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
-from mmcore_jax.training.step import Metrics, make_step
+from mmcore_jax.training.step import Metrics, compiled_step, make_step
 from mmcore_jax.training.telemetry import Telemetry
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
@@ -92,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
-    step_function = jax.jit(make_step(config, model, plan), donate_argnums=0)
+    step_function = compiled_step(make_step(config, model, plan))
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
     clock = Clock(first, step_flops(config, plan, batches[first].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
