@@ -26,7 +26,11 @@ COLLECTIVES = (
 _STARTS, _DONES = ([f"{name}-{end}" for name in (*COLLECTIVES, "async")] for end in ("start", "done"))
 # What takes no time and touches no memory of its own.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "opt-barrier")
+_PASSING_ON = (*FREE, "while", "call", "conditional", "custom-call")
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128, "bf16": 16}
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
@@ -180,12 +184,15 @@ def _frames(text: str) -> dict[int, tuple[str, int, int]]:
         found = re.search(rf"\b{name}=(\d+)", row)
         return int(found[1]) if found else 0
 
-    names, locations = table("FileNames"), table("FileLocations")
+    names, locations, rows = table("FileNames"), table("FileLocations"), table("StackFrames")
+    # Some versions count the frames that called from 1, with 1 for none: there the first frame is its own parent.
+    first = min(rows, default=0)
+    shift = bool(rows) and field(rows[first], "parent_frame_id") == first
     frames = {}
-    for number, row in table("StackFrames").items():
+    for number, row in rows.items():
         location = locations[field(row, "file_location_id")]
         file = names[field(location, "file_name_id")].strip('"')
-        frames[number] = file, field(location, "line"), field(row, "parent_frame_id")
+        frames[number] = file, field(location, "line"), field(row, "parent_frame_id") - shift
     return frames
 
 
@@ -298,17 +305,26 @@ def traffic(module: Module, computation: str, instruction: Instruction) -> int:
     What takes a slice of an operand reads the slice only; what updates a slice in place writes the slice only.
     """
     inside = module.computations[computation]
-    operands = [inside[name] for name in instruction.operands if name in inside]
+    operands = [inside[name] for name in instruction.operands]
     if instruction.opcode != "fusion":
         lines = {line.name: line for line in operands} | {instruction.name: instruction}
-        return sum(_read(lines, line) for line in operands) + _written(lines, instruction)
-    lines = module.computations[instruction.called("calls")]
+        read = (min(_read(lines, line), line.bytes) for line in operands)
+        return sum(read) + min(_written(lines, instruction), instruction.bytes)
+    lines, shared = module.computations[instruction.called("calls")], _shared(instruction)
     total = 0
     for line in lines.values():
-        if line.opcode == "parameter":
-            operand = operands[int(line.text.split(")")[0])]
-            total += min(_read(lines, line), operand.bytes) if operand.bytes else 0
-    return total + (min(_written(lines, list(lines.values())[-1]), instruction.bytes) if instruction.bytes else 0)
+        number = int(line.text.split(")")[0]) if line.opcode == "parameter" else None
+        if number is not None and number not in shared.values():
+            total += min(_read(lines, line), operands[number].bytes)
+    kept = sum(array.bytes for i, array in enumerate(instruction.arrays) if array.space == 0 and i not in shared)
+    return total + min(_written(lines, list(lines.values())[-1]), kept)
+
+
+def _shared(instruction: Instruction) -> dict[int, int]:
+    """Results that lie where an operand does, by number: what a fusion passes on."""
+    listed = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.text)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", listed[1]) if listed else ()
+    return {int(result or 0): int(operand) for result, operand in pairs}
 
 
 def _read(lines: Computation, value: Instruction) -> int:
@@ -348,9 +364,11 @@ def collective(module: Module, computation: str, instruction: Instruction) -> Co
         results = _results(instruction)
         whole = given if kind == "reduce-scatter" else sum(array.bytes for array in results)
         return Collective(kind, whole, _group(instruction.text))
-    if instruction.opcode == "async-start" or is_start(instruction):
-        return next(_inside(module, instruction.called("calls")), None)
-    return None
+    called = instruction.called("calls") or ""
+    if called.startswith("all-reduce-scatter"):
+        found = next(_inside(module, called))
+        return found._replace(kind="reduce-scatter")
+    return next(_inside(module, called), None) if is_start(instruction) else None
 
 
 def is_start(instruction: Instruction) -> bool:
@@ -386,6 +404,9 @@ def _results(instruction: Instruction) -> tuple[Array, ...]:
 
 def _group(text: str) -> tuple[int, ...]:
     """The first group of partitions that exchange data; of a permutation, the first chain; () for all of them."""
+    named = _NAMED_GROUPS.search(text)
+    if named:
+        return _named_group(*named.groups())
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         dims = [int(size) for size in iota[3].split(",")]
@@ -400,6 +421,22 @@ def _group(text: str) -> tuple[int, ...]:
         moved = [tuple(map(int, pair.split(","))) for pair in re.findall(r"[\d]+,[\d]+", pairs[1])]
         return next((pair for pair in moved if pair[0] != pair[1]), moved[0])
     return tuple(int(number) for number in listed[1].split(","))
+
+
+def _named_group(mesh: str, dims: str | None, order: str | None, chosen: str) -> tuple[int, ...]:
+    """The first group of `mesh['a'=2,'b'=8] {'a','b':(2)4}`: all of a, and of b the axis of 4 behind one of 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = np.arange(math.prod(sizes.values()))
+    if dims:
+        whole = ids.reshape([int(size) for size in dims.split(",")])
+        ids = whole.transpose([int(axis) for axis in order.split(",")]) if order else whole
+    parts, index = [], []
+    taken = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
+    for name, size in sizes.items():
+        before, inside = (int(x) if x else default for x, default in zip(taken.get(name, ("", "")), (1, size)))
+        parts += [before, inside, size // before // inside]
+        index += [0, slice(None) if name in taken else 0, 0]
+    return tuple(ids.reshape(parts)[tuple(index)].ravel().tolist())
 
 
 def axes(group: Sequence[int], mesh: dict[str, int]) -> tuple[str, ...]:
@@ -417,9 +454,14 @@ def largest(module: Module, package: str, count: int) -> list[tuple[int, str, st
     """The largest arrays that the program makes: (bytes, type, source line), each line and type once."""
     made: dict[tuple[str, str], int] = collections.Counter()
     for _, instruction, _ in executed(module):
-        if instruction.opcode in FREE or instruction.opcode in ("while", "call", "conditional") or is_done(instruction):
+        if (
+            instruction.opcode in _PASSING_ON
+            or instruction.opcode.endswith(("-start", "-done"))
+            or is_done(instruction)
+        ):
             continue
-        for array in instruction.arrays:
+        shared = _shared(instruction)
+        for array in (array for i, array in enumerate(instruction.arrays) if i not in shared):
             where = source(module, instruction, package) or instruction.op_name.rsplit("/", 1)[-1] or instruction.name
             if array.space == 0 and array.bytes:
                 made[f"{array.dtype}[{','.join(map(str, array.dims))}]", where] = array.bytes

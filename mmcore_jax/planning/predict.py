@@ -17,6 +17,7 @@ import numpy as np
 
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.hlo import Collective, Instruction, Module
+from mmcore_jax.training.flops import peak_flops
 
 ESTIMATE_OF_PRODUCTS, ESTIMATE_OF_OTHERS = 0.85, 0.35  # share of the compiler's estimate that is taken
 REACHED_PEAK, REACHED_BANDWIDTH, REACHED_LINKS = 0.95, 0.8, 0.9  # share of the chip's figures that is reached
@@ -28,13 +29,11 @@ HOP = 1e-6  # seconds from a chip to the next
 class Chip:
     """Bytes of memory that programs may use, and what a chip does in a second.
 
-    FLOPs in bfloat16 (`peak`), bytes from memory, bytes to other chips (`links`) and slices (`network`), cycles. The
-    links form a torus of `torus` axes; one of fewer than `wraps` chips, or not a multiple of it, is a line.
+    Bytes from memory, bytes to other chips (`links`) and to other slices (`network`), cycles. The links form a torus of
+    `torus` axes; one that is not a multiple of `wraps` chips long is a line. Its FLOPs are in `training/flops.py`.
     """
 
-    name: str
     memory: float
-    peak: float
     bandwidth: float
     links: float
     network: float
@@ -45,9 +44,9 @@ class Chip:
 
 # By a prefix of `device_kind`: the first that matches.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 200e9, 3.125e9, 1.5e9, torus=2, wraps=16),
-    "TPU v5": Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9, 6.25e9, 1.75e9, torus=3, wraps=4),
-    "TPU v6": Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 448e9, 12.5e9, 1.75e9, torus=2, wraps=16),
+    "TPU v5 lite": Chip(15.75 * GIB, 819e9, 200e9, 3.125e9, 1.5e9, torus=2, wraps=16),
+    "TPU v5": Chip(95.74 * GIB, 2765e9, 600e9, 6.25e9, 1.75e9, torus=3, wraps=4),
+    "TPU v6": Chip(31.25 * GIB, 1640e9, 448e9, 12.5e9, 1.75e9, torus=2, wraps=16),
 }
 
 
@@ -58,10 +57,10 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """The devices in the order of the partitions, `[slice, coordinates]` each, and their mesh."""
+    """The devices in the order of the partitions, and where each is: its slice, and its coordinates there."""
 
     chip: Chip
-    mesh: dict[str, int]
+    peak: float
     places: np.ndarray  # [devices, 1 + torus axes]
 
     def seconds(self, transfer: Collective) -> float:
@@ -69,7 +68,7 @@ class Links:
         group = transfer.group or range(len(self.places))
         spans = [np.unique(along) for along in self.places[list(group)].T]
         slices, *along = (span.size for span in spans)
-        bandwidth = sum(self._axis(axis) for axis, size in enumerate(along) if size > 1)
+        bandwidth = sum(self._bandwidth(axis, size) for axis, size in enumerate(along) if size > 1)
         inside = math.prod(along)
         seconds = HOP * sum(size // 2 for size in along)
         if inside > 1:
@@ -78,11 +77,10 @@ class Links:
             seconds += _moved(transfer, slices) / inside / (REACHED_LINKS * self.chip.network)
         return seconds
 
-    def _axis(self, axis: int) -> float:
-        """Bytes a second along an axis of the torus: both directions where it wraps around, else one."""
-        size = np.unique(self.places[:, 1 + axis]).size
-        both = self.chip.links / self.chip.torus
-        return both if size % self.chip.wraps == 0 else both / 2
+    def _bandwidth(self, axis: int, size: int) -> float:
+        """Bytes a second among `size` chips along an axis of the torus: a ring has twice that of a line."""
+        ring = size == np.unique(self.places[:, 1 + axis]).size and size % self.chip.wraps == 0
+        return self.chip.links / self.chip.torus / (1 if ring else 2)
 
 
 def links(mesh: jax.sharding.Mesh) -> Links | None:
@@ -92,7 +90,7 @@ def links(mesh: jax.sharding.Mesh) -> Links | None:
     if chip is None:
         return None
     places = np.array([(getattr(device, "slice_index", 0), *device.coords[: chip.torus]) for device in devices])
-    return Links(chip, dict(mesh.shape), places)
+    return Links(chip, peak_flops(devices[0]), places)
 
 
 def _moved(transfer: Collective, devices: int) -> float:
@@ -195,14 +193,14 @@ def _compute(total: Prediction, module: Module, name: str, line: Instruction, li
     flops = hlo.flops(module, name, line)
     total.flops += flops
     total.cycles += line.cycles
-    if line.opcode == "custom-call" and not line.cycles and "Sharding" not in line.text:
-        total.kernels[line.called("custom_call_target") or line.name] += 1
+    if line.opcode == "custom-call" and line.called("custom_call_target") == "tpu_custom_call":
+        total.kernels[line.op_name.rsplit("/", 1)[-1] or line.name] += 1
     if links is None or line.opcode.endswith(("-start", "-done")):
         return
     chip = links.chip
     memory = hlo.traffic(module, name, line) / (REACHED_BANDWIDTH * chip.bandwidth)
     if flops:
-        seconds = max(ESTIMATE_OF_PRODUCTS * line.cycles / chip.clock, flops / (REACHED_PEAK * chip.peak), memory)
+        seconds = max(ESTIMATE_OF_PRODUCTS * line.cycles / chip.clock, flops / (REACHED_PEAK * links.peak), memory)
     else:
         seconds = max(ESTIMATE_OF_OTHERS * line.cycles / chip.clock, memory)
     total.kinds["matrix products" if flops else "vector work and copies"] += seconds
