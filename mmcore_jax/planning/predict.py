@@ -141,16 +141,15 @@ def predict(module: Module, mesh: dict[str, int], links: Links | None, name: str
     """Runs through a computation in its order. Without `links`, FLOPs, cycles and transfers are counted, not timed."""
     name, total, free = name or module.entry, Prediction(), 0.0
     pending: dict[str, tuple[float, Transfers]] = {}
+    origins: dict[str, str] = {}  # what holds a transfer that has been started -> its start
     for line in module.computations[name].values():
-        nested = _nested(module, line, mesh, links)
+        nested, origin = _nested(module, line, mesh, links), next(filter(None, map(origins.get, line.operands)), None)
         if nested:
             for part, times in nested:
                 total.include(part, times)
                 total.seconds += times * part.seconds
         elif hlo.is_done(line):
-            started = next((operand for operand in line.operands if operand in pending), next(iter(pending), None))
-            if started:
-                total.seconds += _wait(total.seconds, *pending.pop(started))
+            total.seconds += _wait(total.seconds, *pending.pop(origin)) if origin in pending else 0.0
         elif found := hlo.collective(module, name, line):
             entry = total.transfers.setdefault((found.kind, hlo.axes(found.group, mesh)), Transfers())
             seconds = links.seconds(found) if links else 0.0
@@ -159,11 +158,13 @@ def predict(module: Module, mesh: dict[str, int], links: Links | None, name: str
             entry.seconds += seconds
             free = max(free, total.seconds) + seconds
             if hlo.is_start(line):
-                pending[line.name] = free, entry
+                pending[line.name], origins[line.name] = (free, entry), line.name
             else:
                 total.seconds += _wait(total.seconds, free, entry)
         elif line.opcode not in hlo.FREE:
             _compute(total, module, name, line, links)
+        if origin in pending:
+            origins[line.name] = origin
     for end, entry in pending.values():
         total.seconds += _wait(total.seconds, end, entry)
     return total
