@@ -38,6 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 # A parameter of this many values or more must be sharded where there is an fsdp or tensor axis to shard it over.
 LARGE = 1 << 20
+NAMED = 3  # of them that an error names
 
 
 def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
@@ -140,7 +141,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     A dimension that its mesh axes do not divide stays whole; a large parameter that ends up replicated is an error.
 
     Raises:
-      ValueError: naming each large parameter left replicated on a mesh with an fsdp or tensor axis.
+      UserError: naming the large parameters left replicated on a mesh with an fsdp or tensor axis.
     """
     replicated = []
 
@@ -158,7 +159,12 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))
     if replicated:
-        raise ValueError(f"large parameters are left replicated: {', '.join(replicated)}")
+        raise UserError(
+            f"large parameters are left replicated: config.mesh (fsdp {mesh.shape['fsdp']}, tensor "
+            f"{mesh.shape['tensor']}) does not divide {', '.join(replicated[:NAMED])}"
+            f"{f' and {len(replicated) - NAMED} more' if len(replicated) > NAMED else ''}: make config.mesh.fsdp "
+            "smaller, and config.mesh.data larger."
+        )
     return tree
 
 

@@ -209,11 +209,14 @@ _SIZE = r"([\d.]+)([KMGT]?)B?"
 def _out_of_memory(outcome: Outcome, message: str) -> None:
     """What the compiler says of a program that does not fit: how much it takes, and its largest arrays."""
     used = re.search(rf"Used {_SIZE} of {_SIZE}", message)
+    alone = re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     if used:
-        outcome.capacity = _bytes(used[3], used[4])
-        rest = _bytes(used[1], used[2]) - outcome.needed
-        outcome.memory["activations, temporaries"] = max(0.0, rest)
-        outcome.needed = sum(outcome.memory.values())
+        outcome.memory["activations, temporaries"] = max(0.0, _bytes(used[1], used[2]) - outcome.needed)
+    elif alone:
+        outcome.memory["activations, temporaries"] = _bytes(alone[1], alone[2])
+    else:
+        outcome.notes.append(f"the compiler ran out of memory: {message}")
+    outcome.needed = sum(outcome.memory.values())
     for part in re.split(r"\n\s*\d+\. ", message)[1:]:
         size, kind = re.search(rf"Size: {_SIZE}", part), re.search(r"Shape: (\S+)", part)
         operator = re.search(r'op_name="([^"]*)"', part)
