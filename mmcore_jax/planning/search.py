@@ -30,23 +30,25 @@ def search(config: Config, topology: str, slices: int) -> tuple[list[Outcome], l
     """
     chips = device_count(config, topology, slices)
     outcomes, failures = [], []
-    too_large: set[tuple] = set()
+    too_large: list[tuple] = []
+    broken: list[Mesh] = []
     tried = list(candidates(config, chips, slices))
     for candidate in progress(tried, len(tried), f"{config.stage} {config.recipe}"):
-        if any(not_smaller(candidate, smaller) for smaller in too_large):
-            continue
         mesh, remat, rows = candidate
+        if mesh in broken or any(not_smaller(candidate, smaller) for smaller in too_large):
+            continue
         label = f"mesh {dataclasses.asdict(mesh)}, remat {remat}, {rows} rows a shard"
         try:
             outcome = process.run(with_candidate(config, *candidate), topology, slices, label)
         except UserError as error:
             failures.append((label, str(error)))
+            broken.append(mesh)
             continue
         outcomes.append(outcome)
         if not outcome.fits:
-            too_large.add(candidate)
+            too_large.append(candidate)
     if not outcomes:
-        raise UserError(f"nothing compiles on {topology}: {failures[0][1] if failures else 'there is no candidate'}")
+        raise UserError(f"nothing compiles on {topology}: {failures[0][1]}")
     return outcomes, failures
 
 
