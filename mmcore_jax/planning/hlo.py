@@ -304,20 +304,14 @@ def traffic(module: Module, computation: str, instruction: Instruction) -> int:
 
     What takes a slice of an operand reads the slice only; what updates a slice in place writes the slice only.
     """
-    inside = module.computations[computation]
-    operands = [inside[name] for name in instruction.operands]
-    if instruction.opcode != "fusion":
-        lines = {line.name: line for line in operands} | {instruction.name: instruction}
-        read = (min(_read(lines, line), line.bytes) for line in operands)
-        return sum(read) + min(_written(lines, instruction), instruction.bytes)
-    lines, shared = module.computations[instruction.called("calls")], _shared(instruction)
-    total = 0
-    for line in lines.values():
-        number = int(line.text.split(")")[0]) if line.opcode == "parameter" else None
-        if number is not None and number not in shared.values():
-            total += min(_read(lines, line), operands[number].bytes)
-    kept = sum(array.bytes for i, array in enumerate(instruction.arrays) if array.space == 0 and i not in shared)
-    return total + min(_written(lines, list(lines.values())[-1]), kept)
+    inside, shared = module.computations[computation], _shared(instruction)
+    made = (array.bytes for i, array in enumerate(instruction.arrays) if array.space == 0 and i not in shared)
+    total = min(_written(module, inside, instruction), sum(made))
+    for number, name in enumerate(instruction.operands):
+        if number not in shared.values():
+            read = _read(module, {instruction.name: instruction}, inside[name], number)
+            total += min(read, inside[name].bytes)
+    return total
 
 
 def _shared(instruction: Instruction) -> dict[int, int]:
@@ -327,27 +321,39 @@ def _shared(instruction: Instruction) -> dict[int, int]:
     return {int(result or 0): int(operand) for result, operand in pairs}
 
 
-def _read(lines: Computation, value: Instruction) -> int:
-    """Bytes of `value` that its users among `lines` read."""
-    total = 0
+def _read(module: Module, lines: Computation, value: Instruction, number: int | None = None) -> int:
+    """Bytes of `value` that its users among `lines` read, or the only one of them as its operand `number`."""
+    total, whole = 0, sum(array.bytes for array in value.arrays)
     for user in lines.values():
-        if value.name not in user.operands:
-            continue
-        if user.opcode == "bitcast":
-            total += _read(lines, user)
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
-            total += sum(array.bytes for array in user.arrays)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-            return value.bytes if value.opcode != "parameter" else sum(array.bytes for array in value.arrays)
-    return total
+        for place, name in enumerate(user.operands):
+            if name != value.name or (number is not None and place != number):
+                continue
+            if user.opcode == "bitcast":
+                total += _read(module, lines, user)
+            elif user.opcode == "fusion":
+                inner = module.computations[user.called("calls")]
+                total += _read(module, inner, _parameter(inner, place))
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += sum(array.bytes for array in user.arrays)
+            elif user.opcode != "dynamic-update-slice" or place != 0:
+                return whole
+    return min(total, whole)
 
 
-def _written(lines: Computation, value: Instruction) -> int:
+def _parameter(lines: Computation, number: int) -> Instruction:
+    return next(line for line in lines.values() if line.opcode == "parameter" and line.text.startswith(f"{number})"))
+
+
+def _written(module: Module, lines: Computation, value: Instruction) -> int:
+    """Bytes that making `value` among `lines` writes."""
+    if value.opcode == "fusion":
+        inner = module.computations[value.called("calls")]
+        return _written(module, inner, list(inner.values())[-1])
     if value.opcode == "bitcast" and value.operands[0] in lines:
-        return _written(lines, lines[value.operands[0]])
+        return _written(module, lines, lines[value.operands[0]])
     if value.opcode == "tuple":
-        return sum(_written(lines, lines[name]) for name in value.operands)
-    if value.opcode == "dynamic-update-slice" and value.operands[1] in lines:
+        return sum(_written(module, lines, lines[name]) for name in value.operands)
+    if value.opcode == "dynamic-update-slice":
         return sum(array.bytes for array in lines[value.operands[1]].arrays)
     return sum(array.bytes for array in value.arrays)
 

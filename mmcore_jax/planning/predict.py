@@ -194,8 +194,10 @@ def _compute(total: Prediction, module: Module, name: str, line: Instruction, li
     flops = hlo.flops(module, name, line)
     total.flops += flops
     total.cycles += line.cycles
-    if line.opcode == "custom-call" and line.called("custom_call_target") == "tpu_custom_call":
-        total.kernels[line.op_name.rsplit("/", 1)[-1] or line.name] += 1
+    if line.opcode == "custom-call" and not line.cycles:
+        if line.called("custom_call_target") == "tpu_custom_call":
+            total.kernels[line.op_name.rsplit("/", 1)[-1] or line.name] += 1
+        return
     if links is None or line.opcode.endswith(("-start", "-done")):
         return
     chip = links.chip
