@@ -97,6 +97,12 @@ class Outcome:
         derived = {"fits": self.fits, "mfu": self.mfu, "days": self.days}
         return dataclasses.asdict(self) | derived | {"chip_hours": self.days and 24 * self.days * self.chips}
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Outcome":
+        """The inverse of `dataclasses.asdict`."""
+        nested = {"transfers": Transfer, "temporaries": Large, "replicated": Large}
+        return cls(**fields | {name: [kind(**item) for item in fields[name]] for name, kind in nested.items()})
+
 
 def evaluate(config: Config, topology: str, slices: int = 1) -> Outcome:
     """Compiles the step of a run and says what it takes.

@@ -54,7 +54,7 @@ def run(config: Config, topology: str, slices: int, label: str) -> Outcome:
             lines = errors.read().splitlines()
         if process.returncode:
             raise UserError(_reason(process.returncode, lines))
-        return config_lib.from_dict(Outcome, json.loads(reply.read_text()), "outcome", reply)
+        return Outcome.from_dict(json.loads(reply.read_text()))
 
 
 def _wait(process: subprocess.Popen, label: str) -> None:

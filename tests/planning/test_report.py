@@ -60,6 +60,7 @@ def test_what_a_report_says():
     for words in ("left 8.750", "all-gather fsdp 48", "MFU 19.8%", "50,000 steps 0.3 days", "attention.py:38 f32"):
         assert words in flat
     assert "OUT OF MEMORY" not in text
+    assert Outcome.from_dict(json.loads(json.dumps(dataclasses.asdict(outcome())))) == outcome()
     record = json.loads(json.dumps(outcome().record()))
     assert record["days"] == pytest.approx(50_000 * 0.5 / 86400)
     assert record["chip_hours"] == pytest.approx(24 * 256 * record["days"])
