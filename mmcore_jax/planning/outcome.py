@@ -280,7 +280,7 @@ def _gathered(module: hlo.Module, outcome: Outcome) -> list[Large]:
         transfer = hlo.collective(module, name, line)
         if transfer and transfer.kind == "all-gather" and transfer.bytes > LARGE_SHARE * outcome.capacity:
             where = hlo.source(module, line, PACKAGE) or line.op_name
-            found[where] = Large(transfer.bytes, "gathered by all-gather", where)
+            found[where] = Large(transfer.bytes, "an all-gather", where)
     return sorted(found.values(), key=lambda large: -large.bytes)
 
 
@@ -308,11 +308,11 @@ def advice(config: Config, outcome: Outcome) -> list[str]:
         if kind not in config.data.features and outcome.model_flops.get(part):
             changes.append(f"--config.data.features=('{kind}',): the {part} runs once, beforehand")
     if outcome.mesh.get("data", 1) > 1:
-        changes.append("--config.mesh.data=1 --config.mesh.fsdp=-1: parameters and moments split over all devices")
+        changes.append("config.mesh.data smaller and config.mesh.fsdp larger: parameters and moments in more pieces")
     if held > outcome.capacity / 2:
         changes.append(f"more devices: {held / GIB:.1f} GiB of each hold parameters, moments, EMA and frozen weights")
     if rows <= 1:
-        changes.append("--config.mesh.context=2 or --config.mesh.tensor=2: several devices share a row")
+        changes.append("--config.mesh.context=2 (or tensor=2) and half of config.batch_size: two devices share a row")
         changes.append("smaller config.data.budgets: a row is the least that a device works on")
     return changes
 

@@ -109,7 +109,7 @@ def _large(title: str, found: Sequence[Large]) -> list[str]:
 
 def _warnings(outcome: Outcome) -> list[str]:
     whole = [
-        f"warning: every device holds {one.kind} {one.where} whole, {one.bytes / GIB:.3f} GiB"
+        f"warning: whole on every device: {one.where} ({one.kind}), {one.bytes / GIB:.3f} GiB"
         for one in outcome.replicated
     ]
     return whole + [f"warning: {note}" for note in outcome.notes]
