@@ -105,5 +105,5 @@ def test_named_parameters_keep_their_names_in_a_stack():
 
 def test_slices_are_split_along_the_data_axis():
     devices = [types.SimpleNamespace(slice_index=n // 4, platform="tpu") for n in range(8)]
-    with pytest.raises(UserError, match="config.mesh.data is 1: make it a multiple of the 2 slices"):
+    with pytest.raises(UserError, match="data is 1: make it a multiple of the 2 slices"):
         sharding.make_mesh(config.Mesh(1, 8, 1, 1), devices)
