@@ -11,6 +11,7 @@ import flax
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmcore_jax import config as config_lib
@@ -37,13 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
 
 # A parameter of this many values or more must be sharded where there is an fsdp or tensor axis to shard it over.
 LARGE = 1 << 20
+NAMED = 3  # of them that an error names
 
 
 def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
-    """Builds the mesh `data, fsdp, context, tensor` over all devices.
+    """Builds the mesh `data, fsdp, context, tensor` over all devices; slices of TPUs are split along `data` first.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(settings, axis) for axis in AXES]
@@ -57,7 +59,15 @@ def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
             f"config.mesh ({described}) does not divide the {len(devices)} {devices[0].platform} device(s): "
             f"its sizes must multiply to {len(devices)}."
         )
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(filled, AXES, axis_types=types, devices=devices)
+    if filled[0] % slices:
+        raise UserError(f"config.mesh.data is {filled[0]}: make it a multiple of the {slices} slices of TPUs.")
+    inside, across = (filled[0] // slices, *filled[1:]), (slices, *(1 for _ in AXES[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -136,7 +146,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     A dimension that its mesh axes do not divide stays whole; a large parameter that ends up replicated is an error.
 
     Raises:
-      ValueError: naming each large parameter left replicated on a mesh with an fsdp or tensor axis.
+      UserError: naming the large parameters left replicated on a mesh with an fsdp or tensor axis.
     """
     replicated = []
 
@@ -154,7 +164,12 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))
     if replicated:
-        raise ValueError(f"large parameters are left replicated: {', '.join(replicated)}")
+        raise UserError(
+            f"large parameters are left replicated: config.mesh (fsdp {mesh.shape['fsdp']}, tensor "
+            f"{mesh.shape['tensor']}) does not divide {', '.join(replicated[:NAMED])}"
+            f"{f' and {len(replicated) - NAMED} more' if len(replicated) > NAMED else ''}: make config.mesh.fsdp "
+            "smaller, and config.mesh.data larger."
+        )
     return tree
 
 

@@ -9,6 +9,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import signal
@@ -37,7 +38,7 @@ from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
-from mmcore_jax.training.step import Metrics, make_encode, make_step
+from mmcore_jax.training.step import Metrics, compiled_step, make_encode, make_step
 from mmcore_jax.training.telemetry import Telemetry
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
@@ -98,7 +99,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
-    encode, step_function = make_encode(config, model, plan), jax.jit(make_step(config, model, plan), donate_argnums=0)
+    encode, step_function = make_encode(config, model, plan), compiled_step(make_step(config, model, plan))
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
     clock = Clock(first, step_flops(config, plan, batches[first].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
@@ -185,7 +186,8 @@ class Pictures:
         sizes = [self._generator.nearest_size(first["segments"][-1]["image"]) for first, *_ in requests]
         each = [size for size, of_example in zip(sizes, requests) for _ in of_example]
         with jax.transfer_guard("allow"):
-            images = iter(self._generator(params, sum(requests, []), self._config.sampling, sizes=each))
+            drawn = self._generator(params, list(itertools.chain(*requests)), self._config.sampling, sizes=each)
+        images = iter(drawn)
         rows = [show(example, images, size) for example, size in zip(self._examples, sizes)]
         sheet(rows).save(self._directory / f"step_{step:06d}.png")
 

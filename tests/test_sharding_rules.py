@@ -1,5 +1,7 @@
 """The sharding table refuses what Flax would resolve in silence."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +101,9 @@ def test_named_parameters_keep_their_names_in_a_stack():
     stacked = named.add_axis(0, {"partition_name": "layers"})
     assert stacked.names == ("layers", "embed", "mlp")
     assert stacked.remove_axis(0, {}).names == named.names
+
+
+def test_slices_are_split_along_the_data_axis():
+    devices = [types.SimpleNamespace(slice_index=n // 4, platform="tpu") for n in range(8)]
+    with pytest.raises(UserError, match="data is 1: make it a multiple of the 2 slices"):
+        sharding.make_mesh(config.Mesh(1, 8, 1, 1), devices)

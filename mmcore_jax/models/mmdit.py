@@ -286,7 +286,7 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jax.nn.silu(Dense(self.width, (None, "mlp"), True, self.dtype, name="up")(x))
+        x = jax.nn.silu(Dense(self.width, ("embed", "mlp"), True, self.dtype, name="up")(x))
         return Dense(self.width, ("mlp", "embed"), True, self.dtype, name="down")(x)
 
 

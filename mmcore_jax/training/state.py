@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, model: MMCORE, mesh: Mesh, batch: Any) -> Plan:
     """Evaluates shapes and shardings without making a single array; `batch` may be abstract."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    boxed = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)["params"]
     shapes = flatten_dict(nn.unbox(boxed), sep="/")
     shardings = flatten_dict(sharding.parameter_shardings(boxed, mesh), sep="/")
     tuning = optimizer_lib.assign(list(shapes), config.tuning)

@@ -1,0 +1,75 @@
+"""The prediction, on stored modules whose times follow by hand."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from mmcore_jax.planning import hlo
+from mmcore_jax.planning.hlo import Collective
+from mmcore_jax.planning.predict import CHIPS, GIB, Links, predict
+
+MODULES = pathlib.Path(__file__).parent / "modules"
+V5E, PEAK = CHIPS["TPU v5 lite"], 197e12
+
+
+def wired(*shape: int, slices: int = 1) -> Links:
+    """Chips in a grid, in the order of their coordinates."""
+    return Links(V5E, PEAK, np.array([(n, *place) for n in range(slices) for place in np.ndindex(*shape)]))
+
+
+def module(name: str) -> hlo.Module:
+    return hlo.parse((MODULES / name).read_text())
+
+
+def test_loops_count_as_often_as_they_run():
+    found = predict(module("loop.txt"), {"data": 1}, wired(1, 1))
+    assert found.cycles == 5 * 700
+    assert found.flops == 5 * 2 * 8 * 16 * 32
+    assert found.kinds["matrix products"] == pytest.approx(5 * 0.85 * 700 / 1.5e9)
+
+
+def test_what_compute_hides_is_not_exposed():
+    mesh, links = {"fsdp": 4}, wired(2, 2)
+    found = predict(module("overlap.txt"), mesh, links)
+    gathered, scattered = (found.transfers[kind, ("fsdp",)] for kind in ("all-gather", "reduce-scatter"))
+    # 32 MiB to four chips in a square without rings: 3/4 of it at 90% of 100 GB/s, and two hops.
+    assert gathered.seconds == pytest.approx(0.75 * 2**25 / (0.9 * 100e9) + 2e-6)
+    assert (gathered.bytes, scattered.bytes) == (2**25, 2**25)
+    # A product takes the larger of its estimate and its FLOPs: the first hides the gathering; nothing hides the end.
+    first, second = 2 * 4096**3 / (0.95 * PEAK), 2 * 4096**3 / (0.95 * PEAK)
+    assert first > gathered.seconds
+    assert gathered.exposed == 0
+    assert scattered.exposed == pytest.approx(scattered.seconds)
+    assert found.seconds == pytest.approx(first + second + scattered.seconds)
+
+
+def test_what_compute_does_not_hide_is_waited_for():
+    slow = dataclasses.replace(V5E, links=V5E.links / 10)
+    found = predict(module("overlap.txt"), {"fsdp": 4}, dataclasses.replace(wired(2, 2), chip=slow))
+    gathered = found.transfers["all-gather", ("fsdp",)]
+    assert gathered.exposed == pytest.approx(gathered.seconds - 2 * 4096**3 / (0.95 * PEAK))
+
+
+def test_without_links_nothing_is_timed():
+    found = predict(module("overlap.txt"), {"fsdp": 4}, None)
+    assert found.seconds == 0
+    assert found.flops == 2 * 2 * 4096**3
+    assert found.transfers["all-gather", ("fsdp",)].bytes == 2**25
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "places", "bandwidth", "share"),
+    [
+        ("all-gather", range(256), wired(16, 16), 200e9, 255 / 256),  # both rings
+        ("all-gather", range(16), wired(16, 16), 100e9, 15 / 16),  # one ring
+        ("all-gather", range(8), wired(16, 16), 50e9, 7 / 8),  # half of a ring is a line
+        ("all-reduce", range(16), wired(16, 16), 100e9, 2 * 15 / 16),
+        ("all-to-all", range(16), wired(16, 16), 100e9, 4),
+        ("all-reduce", (0, 4), wired(2, 2, slices=2), 3.125e9, 1),  # over the network between slices
+    ],
+)
+def test_how_long_a_transfer_takes(kind, group, places, bandwidth, share):
+    found = places.seconds(Collective(kind, GIB, tuple(group)))
+    assert found == pytest.approx(share * GIB / (0.9 * bandwidth), rel=5e-3)

@@ -1,0 +1,49 @@
+"""The real step through the compiler for TPUs, where that is installed: no TPU is needed."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from mmcore_jax.config import UserError
+from mmcore_jax.planning import process
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed: pip install 'mmcore_jax[tpu]'",
+)
+
+
+def plan(*overrides: str, topology: str = "v5e:2x2", slices: int = 1):
+    config = tiny.config("stage2", pathlib.Path("nowhere"), *overrides)
+    return process.run(config, topology, slices, "test")
+
+
+def test_a_step_on_four_chips():
+    outcome = plan("--config.mesh.data=1", "--config.mesh.fsdp=4")
+    assert outcome.fits
+    assert outcome.chips == 4
+    assert outcome.seconds > outcome.kinds["matrix products"] > 0
+    assert outcome.cycles > 0
+    assert {transfer.axes for transfer in outcome.transfers} == {"fsdp"}
+    assert {"all-gather", "reduce-scatter"} <= {transfer.kind for transfer in outcome.transfers}
+    assert all(large.where.startswith("mmcore_jax/") for large in outcome.temporaries[:3])
+
+
+def test_slices_are_split_along_data():
+    outcome = plan("--config.mesh.data=2", "--config.mesh.fsdp=4", slices=2)
+    assert outcome.chips == 8
+    assert {transfer.axes for transfer in outcome.transfers} >= {"fsdp", "data"}
+
+
+def test_out_of_memory_is_a_result():
+    outcome = plan("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.batch_size=2000000")
+    assert not outcome.fits
+    assert outcome.needed > outcome.capacity > 15 * 2**30
+    assert any("accumulation" in change for change in outcome.advice)
+
+
+def test_an_unknown_topology():
+    with pytest.raises(UserError, match="v5e:3x77"):
+        plan(topology="v5e:3x77")
