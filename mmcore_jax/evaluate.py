@@ -135,12 +135,13 @@ def _load(workdir: pathlib.Path) -> Run:
 
 
 def describe(arguments: argparse.Namespace, config: Config) -> dict:
-    """What the scores depend on."""
+    """What the scores depend on, as JSON values."""
     sampling = dataclasses.asdict(config.sampling) if config.sampling else {}
     if arguments.steps is not None:
         sampling["steps"] = arguments.steps
     names = {name: getattr(arguments, name) for name in ("suite", "cases", "seed", "data")}
-    return {**names, "checkpoint_step": config.total_steps, "training_seed": config.seed, "sampling": sampling}
+    described = {**names, "checkpoint_step": config.total_steps, "training_seed": config.seed, "sampling": sampling}
+    return json.loads(json.dumps(described))  # tuples become lists, as they are read back
 
 
 def read(output: pathlib.Path, settings: dict) -> Scores | None:

@@ -35,11 +35,19 @@ def drawn(monkeypatch, tmp_path):
     """The rows of a sheet whose n-th generated image has the value n, and the requests that it was drawn by."""
     made, rows = [], []
 
-    def generate(params, requests, settings):
-        made.extend(requests)
-        return np.stack([np.full((32, 32, 3), number, np.uint8) for number in range(len(requests))])
+    class Generator:
+        def __init__(self, *given) -> None:
+            pass
 
-    monkeypatch.setattr(train, "Generator", lambda *given: generate)
+        def __call__(self, params, requests, settings, sizes):
+            assert sizes == [(32, 32)] * len(requests)
+            made.extend(requests)
+            return np.stack([np.full((32, 32, 3), number, np.uint8) for number in range(len(requests))])
+
+        def nearest_size(self, encoded):
+            return 32, 32
+
+    monkeypatch.setattr(train, "Generator", Generator)
     monkeypatch.setattr(train, "sheet", lambda given: rows.extend(given) or PillowImage.new("RGB", (1, 1)))
     config = train.config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py"))
     train.Pictures(tmp_path, config, None, Batches()).draw(3, {})
