@@ -344,6 +344,7 @@ class VisionTower(nn.Module):
         c, dtype = self.config, jnp.dtype(self.execution.compute_dtype)
         x = Dense(c.width, (None, "embed"), False, dtype, name="patch_embed")(patches)
         code = rotary.grid(meta.row, meta.col, c.width // c.heads)
+        x = constrain(x, "batch", None, None)
         full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
         x, _ = stack(VisionBlock, c.depth, self.execution, "blocks", config=c)(x, full, meta, code)
         return Merger(c, self.out_width, self.execution, name="merger")(x)
@@ -374,7 +375,9 @@ class VisionBlock(nn.Module):
 
         y = RMSNorm(name="mlp_norm")(x)
         y = jax.nn.silu(dense(c.mlp_width, ("embed", "mlp"), "gate")(y)) * dense(c.mlp_width, ("embed", "mlp"), "up")(y)
-        return x + dense(c.width, ("mlp", "embed"), "down")(y), None
+        y = constrain(y, "batch", None, "activation_mlp")
+        x = x + dense(c.width, ("mlp", "embed"), "down")(y)
+        return constrain(x, "batch", None, None), None
 
 
 class Merger(nn.Module):
@@ -390,4 +393,5 @@ class Merger(nn.Module):
         x = RMSNorm(name="norm")(x)
         x = x.reshape(x.shape[0], x.shape[1] // group, group * x.shape[2])
         x = jax.nn.gelu(Dense(x.shape[-1], ("embed", "mlp"), True, dtype, _INIT, name="up")(x), approximate=False)
-        return Dense(self.out_width, ("mlp", "embed"), True, dtype, _INIT, name="down")(x)
+        x = Dense(self.out_width, ("mlp", "embed"), True, dtype, _INIT, name="down")(x)
+        return constrain(x, "batch", None, None)

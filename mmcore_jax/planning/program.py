@@ -84,7 +84,8 @@ def full_row(config: Config) -> Interleaved | Pairs:
     if isinstance(row, Pairs):
         return row._replace(valid=np.ones_like(row.valid))
     images, budgets, model = row.images, config.data.budgets, config.model
-    latents = layout.geometry(model, config.data).latent_side ** 2
+    rows, cols = layout.geometry(model, config.data).buckets[0] if model.dit else (0, 0)
+    latents = rows * cols
     frames = min(budgets.images, budgets.latent_tokens // latents) if latents else budgets.images
     patch = model.vlm.vision.patch_size
     seen, side = config.data.vlm_pixels[1] // patch**2, math.isqrt(config.data.vlm_pixels[1]) // patch
@@ -99,7 +100,7 @@ def full_row(config: Config) -> Interleaved | Pairs:
         images=images._replace(generated=np.arange(budgets.images)[None] < frames),
         diffusion=row.diffusion._replace(
             context_meta=_shared(row.diffusion.context_meta, context, frames),
-            latent_meta=_tiled(row.diffusion.latent_meta, NOISED, latents, math.isqrt(latents))
+            latent_meta=_tiled(row.diffusion.latent_meta, NOISED, latents, cols)
             if latents
             else row.diffusion.latent_meta,
         ),

@@ -112,7 +112,7 @@ def test_an_image_beside_others_is_drawn_as_if_alone(data):
         reshaped(tasks["caption"][2], SHAPES[1]),
         reshaped(tasks["text_to_image"][3], SHAPES[0]),
     ]
-    items = [layout.make_item(document, reader._format, sizes) for document in documents]
+    items = [layout.make_item(document, reader._chat, sizes) for document in documents]
     assert [item.frames[0].shape for item in items] == [(3, 5), (5, 3), None, (4, 4)]
     rows = []
     for item in items:

@@ -16,7 +16,6 @@ from mmcore_jax.data import features, layout
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.data.reader import Reader
 from mmcore_jax.mmcore import MMCORE
-from mmcore_jax.training import precompute as module
 from mmcore_jax.training.precompute import precompute, weights
 from mmcore_jax.training.state import Constants, create_state, freeze, make_plan, random_params
 from mmcore_jax.training.step import make_step
@@ -128,20 +127,10 @@ def test_door(own_data, monkeypatch, capsys):
 
 
 def test_equal_images_are_looked_at_once(own_data, monkeypatch):
-    seen = []
-    look = module._look
-    monkeypatch.setattr(
-        module,
-        "_look",
-        lambda model, params, images, method: seen.append(images) or look(model, params, images, method),
-    )
-    with jax.disable_jit():
-        Setting(
-            "stage2",
-            own_data,
-            ("latents",),
-        ).precompute()
-    assert len(seen) == 4 * 2  # at most 12 different images in each source, 8 a batch
+    given, put = [], sharding.shard_batch
+    monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: given.append(batch) or put(batch, mesh))
+    Setting("stage2", own_data, ("latents",)).precompute()
+    assert len(given) == 4 * 2  # at most 12 different images in each source, 8 a batch; they are looked at 72 times
 
 
 def test_examples_that_cannot_be_used_keep_their_reason(own_data, monkeypatch):
