@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage1_sft.py
 
 What trains, and by which losses, is what it was in stage 1, whose weights it starts from.
-`openmoji`: after stage 1, on the drawings that stage 2 learns to draw, edits and captions; 1 minute on 2 CPU cores.
+`openmoji`: after stage 1, on the drawings that stage 2 learns to draw, edits and captions; 2 CPU cores.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is a fifth of
 stage 1's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5), the shares are ours.

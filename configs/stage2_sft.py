@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage2_sft.py
 
 Dropout is what stage 2 ended with; the VLM, its queries and the connector stay frozen, and are those of stage 2.
-`openmoji`: after stage 2, on drawings and edits in equal parts; 1 minute on 2 CPU cores.
+`openmoji`: after stage 2, on drawings and edits in equal parts; 2 CPU cores.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 2 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. "The same dropout settings" is the paper's; it gives neither length nor learning rate here:
 2,000 steps are those of its stage 1, the rate is a fifth of stage 2's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5).
