@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.data.layout import Features, Item
+from mmcore_jax.data.layout import Features, Geometry, Item
 from mmcore_jax.data.sources import files
 from mmcore_jax.data.sources.sharded import Cache
 
@@ -33,12 +32,12 @@ _OPEN_FILES = 256
 _COMMAND = "python -m mmcore_jax.prepare --config={} --features"
 
 
-def empty(rows: int, config: Config, kinds: Sequence[str]) -> Features:
+def empty(rows: int, config: Config, sizes: Geometry, kinds: Collection[str]) -> Features:
     """Zeros for the features of a batch of `rows`, in the dtypes that the networks give them."""
     model, budgets = config.model, config.data.budgets
     queries, dtype = (rows, budgets.images, model.queries.grid**2), _dtype(config.execution.compute_dtype)
     makers = {
-        "latents": lambda: np.zeros((rows, budgets.images, *_latent_shape(config)), np.float32),
+        "latents": lambda: np.zeros((rows, budgets.images, sizes.latent_capacity, _patch_values(config)), np.float32),
         "targets": lambda: np.zeros((*queries, model.vision_target.vision.width), np.float32),
         "text": lambda: np.zeros((rows, budgets.context_tokens, model.vlm.width), dtype),
         "visual": lambda: np.zeros((*queries, model.connector.width), dtype),
@@ -50,18 +49,16 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _latent_shape(config: Config) -> tuple[int, int]:
-    """Patches of an image, at most, and P."""
-    model = config.model
-    return layout.geometry(model, config.data).latent_capacity, model.dit.patch_size**2 * model.dit.latent_channels
+def _patch_values(config: Config) -> int:
+    return config.model.dit.patch_size**2 * config.model.dit.latent_channels
 
 
 class Store:
     """One kind of features of one source. Goes to other processes as it is."""
 
-    def __init__(self, directory: pathlib.Path, config: Config, kind: str, examples: int) -> None:
+    def __init__(self, directory: pathlib.Path, config: Config, sizes: Geometry, kind: str, examples: int) -> None:
         self.directory, self.kind, self.examples = directory, kind, examples
-        self._like = {name: getattr(empty(0, config, [kind]), name) for name in FIELDS[kind]}
+        self._like = {name: getattr(empty(0, config, sizes, [kind]), name) for name in FIELDS[kind]}
         self._open_files = Cache(self._open, _OPEN_FILES)
 
     @functools.cached_property
@@ -132,9 +129,10 @@ def stores(config: Config, reader: Any, number: int, weights: Mapping[str, str])
       weights: what stands for the weights that make each kind.
     """
     source, index = reader.sources[number], pathlib.Path(config.data.index)
+    keys = {kind: _key(config, reader, number, made_by) for kind, made_by in weights.items()}
     return [
-        Store(index / f"{source.name}-{kind}-{_key(config, reader, number, made_by)}", config, kind, len(source))
-        for kind, made_by in weights.items()
+        Store(index / f"{source.name}-{kind}-{key}", config, reader.sizes, kind, len(source))
+        for kind, key in keys.items()
     ]
 
 
@@ -155,8 +153,7 @@ def _key(config: Config, reader: Any, number: int, made_by: str) -> str:
     """Stands for all that features follow from."""
     policy = list(config.data.sources.values())[number].too_long
     given = [
-        reader.sources[number].fingerprint(),
-        hashlib.sha256((pathlib.Path(config.data.tokenizer) / "tokenizer.json").read_bytes()).hexdigest(),
+        *reader.identities[number],
         repr(reader.sizes),
         policy,
         None if policy == "drop" else repr(config.data.budgets),  # what is shortened is seen otherwise

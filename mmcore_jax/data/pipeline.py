@@ -8,6 +8,7 @@ import collections
 import functools
 import itertools
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from mmcore_jax.data.reader import Prepared, Reader
 from mmcore_jax.progress import progress
 
 PREFETCH = 16  # batches
+_CACHE_BYTES = 1 << 30
 
 
 class Skipped(NamedTuple):
@@ -79,7 +81,11 @@ class Batches(grain.MapDataset):
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
-        self._one_bucket = layout.one_bucket(config)
+        self._one_bucket, self._read = layout.one_bucket(config), self._reader.prepare
+        bytes_each = len(pickle.dumps(layout.placeholder(config)))
+        # An epoch must fit, or nothing is there any more when it comes again.
+        if bytes_each * sum(map(len, self._reader.sources)) <= _CACHE_BYTES:
+            self._read = functools.cache(self._read)
 
     def __reduce__(self) -> tuple:
         return Batches, (self._config, *self._processes, self._planner.start, None, self._reader)
@@ -131,7 +137,7 @@ class Batches(grain.MapDataset):
         for number, index in row:
             source = self._reader.sources[number]
             try:
-                prepared.append(self._reader.prepare(number, index))
+                prepared.append(self._read(number, index))
             except BadExample as bad:
                 skipped.append(Skipped(source.name, str(bad), source.where(index)))
                 continue

@@ -3,7 +3,8 @@
 import bisect
 import dataclasses
 import functools
-import pickle
+import hashlib
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +16,6 @@ from mmcore_jax.data.layout import Interleaved, Lengths, Pairs, Shape
 from mmcore_jax.data.sources import open_source
 from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
-
-_CACHE_BYTES = 1 << 30
 
 
 class Prepared(NamedTuple):
@@ -62,10 +61,12 @@ class Reader:
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
             self.shown = layout.without(self.sizes, self._weights)
         self._policies = [source.too_long for source in config.data.sources.values()]
-        bytes_each = len(pickle.dumps(layout.placeholder(config)))
-        # An epoch must fit, or nothing is there any more when it comes again.
-        if bytes_each * sum(map(len, self.sources)) <= _CACHE_BYTES:
-            self.prepare = functools.cache(self.prepare)
+
+    @functools.cached_property
+    def identities(self) -> list[tuple[str, str]]:
+        """Of each source, what stands for its records, and for the tokenizer that reads them."""
+        tokenizer = (pathlib.Path(self._data.tokenizer) / "tokenizer.json").read_bytes()
+        return [(source.fingerprint(), hashlib.sha256(tokenizer).hexdigest()) for source in self.sources]
 
     def read(self, source: int, index: int) -> Example:
         """Returns an example as it is; raises `BadExample`."""
@@ -118,7 +119,7 @@ class Reader:
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
             return layout.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
-        given = features.empty(len(rows), self._config, self._weights) if self._weights else None
+        given = features.empty(len(rows), self._config, self.sizes, self._weights) if self._weights else None
         sizes = dataclasses.replace(self.shown, buckets=(bucket,)) if bucket else self.shown
         return layout.assemble(packed, first, self._data.budgets, sizes, given)
 

@@ -80,11 +80,9 @@ def check_share(name: str, bad: dict[str, int], total: int, limit: float) -> Non
 
 def _fingerprint(config: Config, reader: Reader, number: int) -> str:
     """Stands for all that lengths follow from."""
-    tokenizer = (pathlib.Path(config.data.tokenizer) / "tokenizer.json").read_bytes()
     next_token = config.objectives.next_token
     given = [
-        reader.sources[number].fingerprint(),
-        hashlib.sha256(tokenizer).hexdigest(),
+        *reader.identities[number],
         config.data.layout,
         repr(reader.sizes),
         repr(config.data.budgets),

@@ -71,8 +71,9 @@ def empty_row(config: Config) -> Interleaved | Pairs:
     data = config.data
     if not data.features:
         return layout.placeholder(config)
-    sizes = layout.without(layout.geometry(config.model, data), data.features)
-    return layout.empty(1, data.budgets, sizes)._replace(features=features.empty(1, config, data.features))
+    sizes = layout.geometry(config.model, data)
+    given = features.empty(1, config, sizes, data.features)
+    return layout.empty(1, data.budgets, layout.without(sizes, data.features))._replace(features=given)
 
 
 def full_row(config: Config) -> Interleaved | Pairs:

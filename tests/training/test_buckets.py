@@ -73,7 +73,7 @@ def test_latents_are_made_before_the_step_or_kept(data):
     for number, value in found.items():
         rows = [batches._planner.row(number * 8 + row) for row in range(8)]
         packed = [[(one.content, one.images) for one in (reader.prepare(*draw) for draw in row)] for row in rows]
-        given = features.empty(8, kept.config, ("latents",))
+        given = features.empty(8, kept.config, reader.sizes, ("latents",))
         batch = layout.assemble(packed, 0, kept.config.data.budgets, reader.shown, given)
         assert batch.images.pixels.size == 0
         batch = batch._replace(images=batch.images._replace(pixels=None))

@@ -208,7 +208,7 @@ def test_forward_of_a_part_is_what_the_compiler_counts(part, sizes):
 )
 def test_parts_whose_features_a_batch_brings_are_spared(stage, kind, spared):
     case = load(stage)
-    given = features.empty(ROWS, case.config, [kind])
+    given = features.empty(ROWS, case.config, layout.geometry(case.config.model, case.config.data), [kind])
     found = flops.step_flops(case.config, case.plan, case.batch._replace(features=given))
     kept = {part: count for part, count in case.flops.items() if part not in {*spared, "total"}}
     assert spared < set(case.flops)

@@ -176,5 +176,5 @@ def test_a_folder_that_cannot_be_written(own_data):
 def test_dtypes_follow_the_networks(data):
     config = Setting("stage2", data, ("latents", "conditioning")).config
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, compute_dtype="bfloat16"))
-    made = features.empty(2, config, config.data.features)
+    made = features.empty(2, config, layout.geometry(config.model, config.data), config.data.features)
     assert (made.latents.dtype, made.text.dtype.name, made.visual.dtype.name) == (np.float32, "bfloat16", "bfloat16")
