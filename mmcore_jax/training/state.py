@@ -4,6 +4,7 @@
 that `config.execution` names, and statistics of the data (which are small, and checkpointed).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,18 +70,24 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, model: MMCORE, mesh: Mesh, batch: Any) -> Plan:
     """Evaluates shapes and shardings without making a single array; `batch` may be abstract."""
-    boxed = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)["params"]
+    boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0), batch)
     shapes = flatten_dict(nn.unbox(boxed), sep="/")
     shardings = flatten_dict(sharding.parameter_shardings(boxed, mesh), sep="/")
     tuning = optimizer_lib.assign(list(shapes), config.tuning)
     return Plan(shapes, shardings, tuning, optimizer_lib.make_optimizer(config, tuning))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: MMCORE, key: jax.Array, batch: Any) -> Params:
+    """All parameters with the names of their axes. Compiled so as to be traced once, for shapes and for values."""
+    return model.init(key, batch)["params"]
+
+
 def random_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
     """Random parameters, created where they live: the same numbers on any mesh, and whichever others are made."""
 
     def make(key: jax.Array) -> Flat:
-        flat = flatten_dict(nn.unbox(model.init(key, batch)["params"]), sep="/")
+        flat = flatten_dict(nn.unbox(_init(model, key, batch)), sep="/")
         return {path: flat[path] for path in paths}
 
     shardings = {path: plan.shardings[path] for path in paths}
