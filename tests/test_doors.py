@@ -1,6 +1,5 @@
 """Bad input through the real doors: one clear sentence, exit code 2, nothing lost."""
 
-import pathlib
 import subprocess
 import sys
 
@@ -9,11 +8,6 @@ import pytest
 from mmcore_jax import config as config_lib
 from mmcore_jax import convert, pretrained, sample, train
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
-    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -134,14 +128,14 @@ def test_missing_run_says_its_command(enter, data, tmp_path, source) -> None:
 
 
 def test_workdir_of_another_run(data, tmp_path, enter) -> None:
-    """Through a process of its own, as a user meets it; the run that lives there goes on unharmed."""
+    """Which is in processes of its own, as a user meets it, and goes on unharmed."""
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data)]
     first = tiny.command("train", STAGE0, *arguments)
     assert subprocess.run(first, cwd=tiny.REPOSITORY, capture_output=True).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change in ("--config.seed=7", "--config.model.vision_target.vision.width=64"):
-        process = subprocess.run([*first, change], cwd=tiny.REPOSITORY, capture_output=True, text=True)
-        check((process.returncode, process.stderr), str(tmp_path / "run"), "belongs to another run", "--workdir")
+        result = enter(train.main, STAGE0, *arguments, change)
+        check(result, str(tmp_path / "run"), "belongs to another run", "--workdir")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     threads = subprocess.run([*first, "--config.data.threads=1"], cwd=tiny.REPOSITORY, capture_output=True, text=True)
     assert "is done: step 20 of 20" in threads.stdout, threads.stderr

@@ -34,11 +34,6 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
-
-
 def load(data, *overrides):
     """A tiny stage 2 of which every parameter is random: zero-initialised ones would hide everything."""
     config = tiny.config("stage2", data, "--config.sampling.steps=2", *(f"--config.{each}" for each in overrides))

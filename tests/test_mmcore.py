@@ -40,11 +40,6 @@ PARTS = ("vlm", "queries", "connector", "conditioning", "dit", "autoencoder")
 FROZEN = {"pattern": "(vlm|queries|connector|autoencoder)/.*", "frozen": True}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
-    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
-
-
 def configured(data: pathlib.Path, *extra: str, **changes) -> Config:
     """The tiny stage 2: 16 x 16 pixels are 8 x 8 latents, 4 x 4 patches of 2 x 2."""
     return tiny.config(

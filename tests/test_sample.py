@@ -15,8 +15,7 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory) -> pathlib.Path:
-    data = tiny.write_dataset(tmp_path_factory.mktemp("data"))
+def workdir(data, tmp_path_factory) -> pathlib.Path:
     config = tiny.config("stage2", data, "--config.sampling.steps=2")
     return tiny.write_run(tmp_path_factory.mktemp("run"), config)
 

@@ -2,11 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pathlib
-import subprocess
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from mmcore_jax import config as config_lib
+from mmcore_jax import train as train_lib
 from mmcore_jax.config import Config
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
@@ -127,6 +131,14 @@ def config(stage: str, data: pathlib.Path, *extra: str, random: bool = True) -> 
     return config_lib.load(file, given)
 
 
+def train(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains in this process, which keeps its way to take SIGTERM."""
+    handler = signal.getsignal(signal.SIGTERM)
+    train_lib.train(config, workdir)
+    signal.signal(signal.SIGTERM, handler)
+    return workdir
+
+
 def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     """Writes the workdir of a finished run, whose parameters are random numbers, none of them zero."""
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
@@ -142,7 +154,7 @@ def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
 
 
 # PyTorch takes seconds to import, and whoever finds it installed imports it; users of ours need not have it.
-_WITHOUT_TORCH = "import json, sys; sys.modules['torch'] = None; "
+_WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
 
 
 def command(door: str, *arguments: object) -> list[str]:
@@ -151,19 +163,35 @@ def command(door: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", run, *map(str, arguments)]
 
 
-def call(function: Callable[..., Any], *arguments: object, devices: int) -> Any:
-    """What a function of a module of tests returns in a process of its own, which emulates that many devices.
+# Others are forked from a process that has imported everything, which takes seconds, and has done nothing.
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload([__name__])
 
-    Arguments and result go through JSON; the module must not need PyTorch.
+
+def fork(function: Callable[..., Any], *arguments: object, output: pathlib.Path, devices: int = 1) -> BaseProcess:
+    """Starts a function of a module of tests in a process of its own, which emulates that many devices.
+
+    What it prints goes into `output`, and at the end what it returns, as JSON. The module must not need PyTorch.
     """
-    run = f"from {function.__module__} import {function.__name__} as f; print(json.dumps(f(*{list(arguments)!r})))"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    process = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_TORCH + run],
-        cwd=REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    process = _FORKED.Process(target=_run, args=(function, arguments, output, devices))
+    process.start()
+    return process
+
+
+def _run(function: Callable[..., Any], arguments: tuple, output: pathlib.Path, devices: int) -> None:
+    sys.modules["torch"] = None
+    jax.config.update("jax_num_cpu_devices", devices)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    print(json.dumps(function(*arguments)))
+
+
+def call(function: Callable[..., Any], *arguments: object, devices: int) -> Any:
+    """What a function returns, through JSON, in a process of its own as `fork` starts it."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = fork(function, *arguments, output=output.name, devices=devices)
+        process.join()
+        said = output.read()
+    assert process.exitcode == 0, said[-3000:]
+    return json.loads(said.splitlines()[-1])

@@ -24,15 +24,10 @@ from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.state import Constants, join, make_plan, random_params
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
-from tests.training import test_step
+from tests.training.test_step import Run
 
 STEPS = 9
 MEASURED = ("examples_per_second", "step_seconds")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
-    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def configured(stage: str, data: pathlib.Path, *extra: str, tasks=("caption", "edit_colour"), examples=5) -> Config:
@@ -43,10 +38,7 @@ def configured(stage: str, data: pathlib.Path, *extra: str, tasks=("caption", "e
 
 
 def run(config: Config, workdir: pathlib.Path) -> list[dict]:
-    handler = signal.getsignal(signal.SIGTERM)
-    train.train(config, workdir)
-    signal.signal(signal.SIGTERM, handler)
-    return logged(workdir)
+    return logged(tiny.train(config, workdir))
 
 
 def logged(workdir: pathlib.Path) -> list[dict]:
@@ -178,10 +170,10 @@ def test_right_answers_are_those_that_greedy_decoding_writes(data) -> None:
     decoder = TextGenerator(QwenVLModel(config.model.vlm, config.execution), setting.tokenizer, processor)
     captions = tiny.examples()["caption"]
     asked = [{**example, "segments": example["segments"][:-1]} for example in captions]
-    accuracies = []
-    for steps in (30, 60, 90):
-        _, _, state, constants, _ = test_step.run(config, steps)
-        params = join(state.params, constants)
+    accuracies, learner = [], Run(config)
+    for _ in range(3):
+        learner.train(30)
+        params = join(learner.state.params, learner.constants)
         answers = decoder(params["vlm"], asked, TextSampling(max_new_tokens=24))
         right = [answer == example["segments"][-1]["text"] for answer, example in zip(answers, captions)]
         found = named(setting.gauges(params), "caption")

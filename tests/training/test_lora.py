@@ -20,10 +20,10 @@ from mmcore_jax.nn.layers import is_lora
 from mmcore_jax.nn.masks import PAD
 from mmcore_jax.training import checkpoint
 from mmcore_jax.training.flops import step_flops
-from mmcore_jax.training.state import Constants, State, join, make_plan
+from mmcore_jax.training.state import Constants, join, make_plan
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
-from tests.training.test_step import run
+from tests.training.test_step import Run
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ("q", "v", "down")}
 FREEZE = {"pattern": "(vlm|vision_target)/.*", "frozen": True}
@@ -54,14 +54,12 @@ def places(tmp_path_factory) -> Places:
     names = ("data", "base", "published", "adapted", "later")
     places = Places(*(tmp_path_factory.mktemp("runs") / name for name in names))
     tiny.write_dataset(places.data)
-    handler = signal.getsignal(signal.SIGTERM)
-    train.train(tiny.config("stage1", places.data, "--config.total_steps=1"), places.base)
+    tiny.train(tiny.config("stage1", places.data, "--config.total_steps=1"), places.base)
     config, params = checkpoint.load_part(places.base, "vlm")
     pretrained.export(params, config, places.published)
-    train.train(configured(places, places.published), places.adapted)
+    tiny.train(configured(places, places.published), places.adapted)
     table = ({"pattern": "vlm/decoder/norm/scale"}, FREEZE, {"pattern": ".*"})
-    train.train(configured(places, places.adapted, "--config.total_steps=1", table=table), places.later)
-    signal.signal(signal.SIGTERM, handler)
+    tiny.train(configured(places, places.adapted, "--config.total_steps=1", table=table), places.later)
     return places
 
 
@@ -85,13 +83,13 @@ def held(workdir: pathlib.Path) -> set[str]:
 # --- What trains ------------------------------------------------------------------------------------------------------
 
 
-def problems(params: dict, state: State, constants: Constants) -> list[str]:
+def problems(run: Run) -> list[str]:
     """What contradicts that of the VLM LoRA trains, and nothing else."""
     found = []
-    now = {**constants.frozen, **state.params}
-    mentioned = " ".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
-    for path in (path for path in params if path.startswith("vlm/")):
-        same = np.array_equal(np.asarray(params[path]).view(np.uint32), np.asarray(now[path]).view(np.uint32))
+    now = {**run.constants.frozen, **run.state.params}
+    mentioned = " ".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.state))
+    for path in (path for path in run.start if path.startswith("vlm/")):
+        same = np.array_equal(np.asarray(run.start[path]).view(np.uint32), np.asarray(now[path]).view(np.uint32))
         if same == is_lora(path):
             found.append(f"{path} {'stayed' if same else 'changed'}")
         if mentioned.count(f"'{path}'") != (4 if is_lora(path) else 0):  # parameter, two moments, average
@@ -100,15 +98,15 @@ def problems(params: dict, state: State, constants: Constants) -> list[str]:
 
 
 def test_only_lora_trains(places) -> None:
-    _, params, state, constants, _ = run(configured(places, places.published), 3)
-    assert not problems(params, state, constants)
-    assert sum(is_lora(path) for path in state.params) == 2 * len(LORA["targets"])
+    run = Run(configured(places, places.published)).train(3)
+    assert not problems(run)
+    assert sum(is_lora(path) for path in run.state.params) == 2 * len(LORA["targets"])
 
 
 def test_removing_the_freeze_is_noticed(places) -> None:
     table = (TABLE[0], {"pattern": "vision_target/.*", "frozen": True}, TABLE[2])
-    _, params, state, constants, _ = run(configured(places, places.published, table=table), 3)
-    assert any("vlm/decoder/blocks/q/kernel changed" in problem for problem in problems(params, state, constants))
+    run = Run(configured(places, places.published, table=table)).train(3)
+    assert any("vlm/decoder/blocks/q/kernel changed" in problem for problem in problems(run))
 
 
 @pytest.mark.parametrize("scan", [True, False])

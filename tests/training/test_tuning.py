@@ -8,16 +8,11 @@ import pytest
 
 from mmcore_jax import config as config_lib
 from tests import tiny
-from tests.training.test_step import run
+from tests.training.test_step import Run
 
 # Of SD3's last block only the image goes on: what its text would ask is asked for nothing.
 UNUSED = {"dit/last_block/y_q/bias", "dit/last_block/y_q_norm/scale"}
 ALIGNED_ONLY = ("--config.objectives.next_token=None",)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
-    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
 
 
 def moved(recipe: str, data: pathlib.Path, *extra: str) -> tuple[set[str], set[str]]:
@@ -25,9 +20,9 @@ def moved(recipe: str, data: pathlib.Path, *extra: str) -> tuple[set[str], set[s
     stage = recipe.partition(":")[0]
     table = config_lib.load(str(tiny.REPOSITORY / f"configs/{stage}.py:{recipe.partition(':')[2]}")).tuning
     given = f"--config.tuning={[dataclasses.asdict(line) for line in table]}"
-    _, params, state, constants, _ = run(tiny.config(stage, data, given, *extra), 6)
-    now = {**constants.frozen, **state.params}
-    return {path for path in params if not np.array_equal(params[path], now[path])}, set(params)
+    run = Run(tiny.config(stage, data, given, *extra)).train(6)
+    now = {**run.constants.frozen, **run.state.params}
+    return {path for path, value in run.start.items() if not np.array_equal(value, now[path])}, set(run.start)
 
 
 @pytest.mark.parametrize(
