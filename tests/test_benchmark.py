@@ -1,5 +1,6 @@
 """The benchmark through its real door, on tiny networks: what it prints, writes, and refuses."""
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -16,7 +17,7 @@ from mmcore_jax.benchmarks import data, networks, timing
 from mmcore_jax.benchmarks.data import DataSizes
 from mmcore_jax.benchmarks.networks import MMDiTSizes, VLMSizes
 from mmcore_jax.benchmarks.timing import CEILING, COMPILED, EAGER, OURS, Contestant
-from mmcore_jax.config import UserError
+from mmcore_jax.config import Config, UserError
 from mmcore_jax.diffusion import guidance
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -80,9 +81,16 @@ def test_table_and_json(enter, tmp_path, suite: str, names: list[str]) -> None:
             assert figure in row
 
 
+SMALL_PHOTOGRAPHS = """import dataclasses
+from mmcore_jax import benchmark
+from mmcore_jax.benchmarks import data
+data.SIZES = dataclasses.replace(data.SIZES, images=6, sides=(96, 128), image_size=96)
+benchmark.main()"""
+
+
 def test_table_of_the_data_pipeline(tmp_path) -> None:
     """In a process of its own, which workers can be forked from: JAX has not started its threads in it."""
-    command = [sys.executable, "-m", "mmcore_jax.benchmark", "data", "--examples=144", "--repeats=2", "--threads=2"]
+    command = [sys.executable, "-c", SMALL_PHOTOGRAPHS, "data", "--examples=144", "--repeats=2", "--threads=2"]
     ran = subprocess.run([*command, f"--json={tmp_path / 'out.json'}"], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     said = [line for line in ran.stderr.splitlines() if "Warning" in line]
@@ -143,11 +151,16 @@ def other_words(monkeypatch):
     monkeypatch.setattr(data, "frame", lambda chat, sizes: (ask(chat, sizes)[0], ask(chat, sizes)[1][:-1]))
 
 
+def in_this_process(config: Config) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+
+
 @pytest.mark.parametrize("broken", [another_crop, a_lost_example, other_words])
 def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> None:
-    loader = torch.utils.data.DataLoader
+    loader, make = torch.utils.data.DataLoader, data.make_config
     here = {"num_workers": 0}  # JAX may have started threads: nothing is forked
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *given, **named: loader(*given, **named | here))
+    monkeypatch.setattr(data, "make_config", lambda *given: in_this_process(make(*given)))
     broken(monkeypatch)
     code, out, error = enter("data", "--repeats=1", "--threads=1")
     assert code == 2
