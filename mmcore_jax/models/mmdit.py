@@ -67,6 +67,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None = None,
         memory: Memory | None = None,
+        identity: jax.Array | None = None,
     ) -> jax.Array:
         """Returns float32 `[B, S, P]`.
 
@@ -79,11 +80,13 @@ class MMDiTModel(nn.Module):
           rule: who may attend to whom.
           pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
           memory: more latent tokens to attend to, from `remember`.
+          identity: `[B, S, D]`, is added to the embedded latents.
 
         Raises:
           UserError: if the sizes of the config do not fit each other.
         """
-        return self._run(latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, memory)[0]
+        given = timesteps, slots, latent_meta, context_meta, rule, pooled, memory, identity
+        return self._run(latents, context, *given)[0]
 
     def remember(
         self,
@@ -92,13 +95,14 @@ class MMDiTModel(nn.Module):
         latent_meta: TokenMeta,
         rule: Rule,
         pooled: jax.Array | None = None,
+        identity: jax.Array | None = None,
     ) -> Memory:
         """Runs latents that see no context and no other latents; arguments as above, but with one timestep slot."""
         context = jnp.zeros((latents.shape[0], 0, self.config.context_width))
         context_meta = jax.tree.map(lambda field: field[:, :0], latent_meta)
         slots = Slots(context_meta.frame, jnp.zeros_like(latent_meta.frame))
         blocks = self._run(
-            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, remembers=True
+            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, identity, remembers=True
         )[1]
         return Memory(latent_meta, blocks)
 
@@ -114,6 +118,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None,
         memory: Memory | None,
+        identity: jax.Array | None,
         remembers: bool = False,
     ) -> tuple[jax.Array, dict[str, Remembered | None]]:
         """The prediction, and what each stack of blocks `remembers`."""
@@ -122,6 +127,8 @@ class MMDiTModel(nn.Module):
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
         if "sincos" in c.position:
             x = x + sincos_positions(c, latent_meta).astype(dtype)
+        if identity is not None:
+            x = x + identity
         y = Dense(c.width, (None, "embed"), True, dtype, name="context_embed")(context)
         condition = self._condition(timesteps, pooled, dtype)
 
