@@ -26,6 +26,7 @@ from mmcore_jax.nn.stack import stack
 from mmcore_jax.sharding import constrain
 
 SINUSOIDS = 256
+MOST_SUMMED = 4  # slots whose rows a masked sum picks: those of rows of three images
 _ZEROS = nn.initializers.zeros
 
 
@@ -280,9 +281,20 @@ class Modulation(nn.Module):
         table = Dense(self.parts * self.width, ("embed", "mlp"), True, self.dtype, _ZEROS, name="dense")(
             jax.nn.silu(condition)
         )
-        if table.shape[1] > 1:  # a masked sum, not a gather, whose gradient would be a slow scatter
-            table = sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
-        return jnp.split(table, self.parts, axis=-1)
+        return jnp.split(_pick(table, slots), self.parts, axis=-1)
+
+
+def _pick(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """The row of `table` `[B, T, D]` for the slot of each token, `[B, L, D]`.
+
+    Not a gather, whose gradient would be a slow scatter. XLA on CPU keeps all terms of the gradient of a masked sum at
+    once: of many slots, memory would be quadratic in the images of a document.
+    """
+    if table.shape[1] == 1:
+        return table
+    if table.shape[1] > MOST_SUMMED:
+        return jnp.matmul(jax.nn.one_hot(slots, table.shape[1], dtype=table.dtype), table, precision="highest")
+    return sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
 
 
 class Embedder(nn.Module):
