@@ -32,6 +32,7 @@ from mmcore_jax.models.mmdit import Memory
 from mmcore_jax.nn.layers import gather_tokens
 from mmcore_jax.nn.masks import CLEAN, NOISED, PAD
 from mmcore_jax.nn.patches import unpatchify
+from mmcore_jax.reading import Reader
 
 # Token budgets are rounded up to multiples of this, so that few shapes are compiled.
 ROUNDING = 16
@@ -47,10 +48,14 @@ class Negative(NamedTuple):
 
 
 class Generator:
-    """Generates the last image of each request."""
+    """Generates the last image of each request.
 
-    def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
+    With `converses`, what the VLM has read of a request that comes alone is kept for the next one.
+    """
+
+    def __init__(self, config: Config, model: MMCORE, tokenizer: Any, converses: bool = False) -> None:
         self._config, self._model = config, model
+        self._reader = Reader(model) if converses else None
         self._sizes = layout.geometry(config.model, config.data)
         self._format = ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
@@ -126,6 +131,8 @@ class Generator:
             if negated.any():
                 other = layout.assemble([[others[i]] for i in chosen], first, budgets, sizes)
                 negative = Negative(split(other)[0], negated[chosen])
+            if self._reader and len(rows) == 1:
+                batch = self._reader(params, rows[0][0], batch)
             inputs = *split(batch), branches, keys[chosen], timesteps
             outputs = self._denoise(params, *inputs, settings=settings, negative=negative)
             images.append(np.asarray(outputs)[: len(rows) - first])

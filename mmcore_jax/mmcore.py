@@ -81,10 +81,13 @@ class MMCORE(nn.Module):
 
     def hidden_states(self, batch: Interleaved) -> jax.Array:
         """Runs the VLM over text, images and queries: `[B, L, D]`, normed."""
+        return self.vlm.decode(self.embed(batch), batch.tokens.meta, batch.tokens.positions)
+
+    def embed(self, batch: Interleaved) -> jax.Array:
+        """What the VLM's decoder is given of text, images and queries: `[B, L, D]`."""
         tokens, patches = batch.tokens, batch.patches
         values = qwen_vl.normalize(patches.values)
-        x = self.vlm.embed(tokens.ids, tokens.meta, tokens.source, values, patches.meta, self.queries())
-        return self.vlm.decode(x, tokens.meta, tokens.positions)
+        return self.vlm.embed(tokens.ids, tokens.meta, tokens.source, values, patches.meta, self.queries())
 
     def logits(self, hidden_states: jax.Array) -> jax.Array:
         """Next-token logits `[..., V]`, float32."""

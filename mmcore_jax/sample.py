@@ -210,7 +210,8 @@ class Painter:
 def load_generator(workdir: pathlib.Path) -> Callable[..., np.ndarray]:
     """The sampler of a finished run: a `Generator` that holds its parameters."""
     config, model, params = load_run(workdir)
-    return functools.partial(Generator(config, model, load_tokenizer(workdir / "tokenizer")), params)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    return functools.partial(Generator(config, model, tokenizer, converses=True), params)
 
 
 def _draw_one(painter: Painter, job: Job) -> None:
