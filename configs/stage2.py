@@ -6,7 +6,8 @@ The VLM, its queries and the connector are frozen. Text dropout starts high and 
 `openmoji`: after stage 1; 8 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
 pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
-timesteps and guidance are Stable Diffusion 3's, the first rates are ours.
+timesteps and guidance are Stable Diffusion 3's, the rate at which condition images are dropped is InstructPix2Pix's 5%
+(arXiv:2211.09800, section 3.2.1), the first rates are ours.
 """
 
 import openmoji
@@ -50,6 +51,7 @@ def _openmoji() -> ConfigDict:
                     prediction="x0",
                 ),
                 autoencoder=dict(kind="pixel"),
+                frames=None,
             ),
             init=dict(
                 vlm="runs/stage1-openmoji",
@@ -84,7 +86,10 @@ def _openmoji() -> ConfigDict:
                     logit_std=1.0,
                     shift=1.0,
                     dropout=dict(
-                        text=dict(start=0.2, end=0.1, steps=700), visual=dict(start=0.1, end=0.1, steps=1), joint=0.1
+                        text=dict(start=0.2, end=0.1, steps=700),
+                        visual=dict(start=0.1, end=0.1, steps=1),
+                        joint=0.1,
+                        images=dict(start=0.0, end=0.0, steps=1),
                     ),
                 ),
             ),
@@ -95,6 +100,7 @@ def _openmoji() -> ConfigDict:
                 steps=5,
                 text_scale=2.0,
                 visual_scale=2.0,
+                image_scale=1.0,
                 guidance_interval=(0.0, 1.0),
                 renormalisation=0.0,
                 timestep_shift=3.0,
@@ -135,12 +141,14 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                 vision_target=None,
                 dit=dit,
                 autoencoder=published.sd3_autoencoder(),
+                frames=dict(count=16),
             ),
             init=dict(
                 vlm=stage1,
                 queries=stage1,
                 connector=stage1,
                 conditioning="random",
+                frames="random",
                 dit=checkpoint,
                 autoencoder=checkpoint,
             ),
@@ -179,6 +187,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                         text=dict(start=0.5, end=0.1, steps=20_000),
                         visual=dict(start=0.1, end=0.1, steps=1),
                         joint=0.1,
+                        images=dict(start=0.05, end=0.05, steps=1),
                     ),
                 ),
             ),
@@ -193,6 +202,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                 steps=28,
                 text_scale=4.5,
                 visual_scale=4.5,
+                image_scale=1.0,
                 guidance_interval=(0.0, 1.0),
                 renormalisation=0.0,
                 timestep_shift=3.0,

@@ -14,7 +14,7 @@ import published
 import stage2
 from ml_collections import ConfigDict
 
-KEPT = ("vlm", "queries", "connector", "conditioning", "dit")
+KEPT = ("vlm", "queries", "connector", "conditioning", "frames", "dit")
 
 
 def get_config(recipe: str) -> ConfigDict:
@@ -25,11 +25,11 @@ def get_config(recipe: str) -> ConfigDict:
 def _after_stage2(recipe: str) -> ConfigDict:
     config = stage2.get_config(recipe)
     config.stage = "stage2_sft"
-    config.init.update(dict.fromkeys(KEPT, f"runs/stage2-{recipe}"))
+    config.init.update({part: f"runs/stage2-{recipe}" for part in KEPT if part in config.init})
     config.optimizer.learning_rate *= 0.2
     dropout = config.objectives.flow_matching.dropout
-    for pathway in (dropout.text, dropout.visual):
-        pathway.start = pathway.end
+    for dropped in (dropout.text, dropout.visual, dropout.images):
+        dropped.start = dropped.end
     return config
 
 

@@ -215,6 +215,13 @@ class MMDiT:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frames:
+    """Learned embeddings of the second image of a document and of those that follow, of `count` images at most."""
+
+    count: Count
+
+
+@dataclasses.dataclass(frozen=True)
 class Pixels:
     """No autoencoder: images are diffused as they are, scaled to [-1, 1]."""
 
@@ -258,6 +265,7 @@ class Model:
     vision_target: Siglip | None
     dit: MMDiT | None
     autoencoder: Pixels | AutoencoderKL | None
+    frames: Frames | None = None
 
 
 # --- Objectives -------------------------------------------------------------------------------------------------------
@@ -297,11 +305,15 @@ class Alignment:
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Rates at which a generated frame loses its text, its visual embeddings, or (`joint`) both."""
+    """Rates at which a generated frame loses its text, its visual embeddings, or (`joint`) both.
+
+    `images`: the rate, independent of those, at which it loses all its condition images.
+    """
 
     text: Ramp
     visual: Ramp
     joint: float
+    images: Ramp = Ramp(0.0, 0.0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -513,8 +525,9 @@ class Sampling:
     Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
     from 1 to the last timestep of SD3's discrete schedule, and 0 comes after them.
 
-    Guidance acts at timesteps within `guidance_interval`; `renormalisation` takes the norm of what is guided back to
-    that of what is not: 0 leaves it, 1 does all of it.
+    Guidance is by text, visual embeddings and condition images, at timesteps within `guidance_interval`; a scale of 1
+    is none. `renormalisation` takes the norm of what is guided back to that of what is not: 0 leaves it, 1 does all of
+    it.
     """
 
     solver: Literal["euler", "heun", "dpm_solver_2m"]
@@ -525,6 +538,7 @@ class Sampling:
     renormalisation: Share
     timestep_shift: float
     timestep_spacing: Literal["trailing", "linspace"]
+    image_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,9 @@ A request is an `Example` whose last segment is the image to generate; the bytes
 Earlier images are clean inputs, whoever made them, cropped to the shape of the image to come. They see neither the text
 nor what is being drawn, so that all steps and branches share their keys and values, computed once.
 
+A negative prompt says what the image is not to be. The VLM reads it in place of the prompt, after the same images, and
+the branches of guidance that drop the text have this one instead of the null embedding.
+
 B requests of a batch, I frames of a row, S patches of an image, M = (I - 1) S clean tokens, P values in a patch.
 """
 
@@ -11,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ import numpy as np
 
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
+from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.layout import ChatFormat, Diffusion, Geometry, Interleaved, Item, Picture
@@ -28,6 +32,7 @@ from mmcore_jax.models.mmdit import Memory
 from mmcore_jax.nn.layers import gather_tokens
 from mmcore_jax.nn.masks import CLEAN, NOISED, PAD
 from mmcore_jax.nn.patches import unpatchify
+from mmcore_jax.reading import Reader
 
 # Token budgets are rounded up to multiples of this, so that few shapes are compiled.
 ROUNDING = 16
@@ -35,11 +40,22 @@ ROUNDING = 16
 Size = tuple[int, int]  # height and width in pixels
 
 
-class Generator:
-    """Generates the last image of each request."""
+class Negative(NamedTuple):
+    """A batch of the same requests with negative prompts in place of their prompts, and which of them have one."""
 
-    def __init__(self, config: Config, model: MMCORE, tokenizer: Any) -> None:
+    batch: Interleaved
+    given: np.ndarray  # bool [B]
+
+
+class Generator:
+    """Generates the last image of each request.
+
+    With `converses`, what the VLM has read of a request that comes alone is kept for the next one.
+    """
+
+    def __init__(self, config: Config, model: MMCORE, tokenizer: Any, converses: bool = False) -> None:
         self._config, self._model = config, model
+        self._reader = Reader(model) if converses else None
         self._sizes = layout.geometry(config.model, config.data)
         self._format = ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
@@ -53,6 +69,7 @@ class Generator:
         pathways: str = "both",
         batch_size: int = 32,
         sizes: Sequence[Size] | None = None,
+        negatives: Sequence[str | None] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
         """Returns uint8 images `[len(requests), height, width, 3]`, or a list of them where their sizes differ.
 
@@ -64,17 +81,18 @@ class Generator:
           pathways: what conditions the image: "both", "text" or "visual".
           batch_size: how many, of one size, are generated at once.
           sizes: height and width of each; without them those of `default_size`.
+          negatives: the negative prompt of each, None for one that has none.
 
         Raises:
           UserError: if an image cannot be used, or a size does not fit the diffusion transformer.
         """
         sizes = sizes or [default_size(request, self._config) for request in requests]
+        negatives = negatives or [None] * len(requests)
         keys, images = noise_keys(seed, len(requests)), {}
         for size in dict.fromkeys(sizes):
             chosen = [i for i, other in enumerate(sizes) if other == size]
-            drawn = self._draw(
-                params, [requests[i] for i in chosen], size, settings, keys[np.array(chosen)], pathways, batch_size
-            )
+            asked, negative = ([given[i] for i in chosen] for given in (requests, negatives))
+            drawn = self._draw(params, asked, negative, size, settings, keys[np.array(chosen)], pathways, batch_size)
             images |= dict(zip(chosen, drawn))
         images = [images[i] for i in range(len(requests))]
         return np.stack(images) if len(set(sizes)) == 1 else images
@@ -87,6 +105,7 @@ class Generator:
         self,
         params: Params,
         requests: Sequence[Example],
+        negatives: Sequence[str | None],
         size: Size,
         settings: Sampling,
         keys: jax.Array,
@@ -95,18 +114,28 @@ class Generator:
     ) -> np.ndarray:
         """Images of one size, `[len(requests), height, width, 3]`."""
         sizes = layout.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
-        items, pictures = zip(*(prepare(request, self._format, sizes) for request in requests))
-        budgets = fit(items, sizes)
-        scales = settings.text_scale, settings.visual_scale
-        branches = guidance.branches(pathways, *scales, keep_conditional=_needs_conditional(settings))
+        rows = [prepare(request, self._format, sizes) for request in requests]
+        others = [
+            row if words is None else prepare(negate(request, words), self._format, sizes)
+            for row, request, words in zip(rows, requests, negatives)
+        ]
+        negated = np.array([words is not None for words in negatives])
+        budgets = fit([item for item, _ in rows + others], sizes)
+        branches = branches_of(settings, pathways)
         timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
-        batch_size = min(batch_size, len(items))
+        batch_size = min(batch_size, len(rows))
         images = []
-        for first in range(0, len(items), batch_size):
-            chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
-            batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, sizes)
-            outputs = self._denoise(params, *split(batch), branches, keys[np.array(chosen)], timesteps, settings)
-            images.append(np.asarray(outputs)[: len(items) - first])
+        for first in range(0, len(rows), batch_size):
+            chosen = np.minimum(first + np.arange(batch_size), len(rows) - 1)
+            batch, negative = layout.assemble([[rows[i]] for i in chosen], first, budgets, sizes), None
+            if negated.any():
+                other = layout.assemble([[others[i]] for i in chosen], first, budgets, sizes)
+                negative = Negative(split(other)[0], negated[chosen])
+            if self._reader and len(rows) == 1:
+                batch = self._reader(params, rows[0][0], batch)
+            inputs = *split(batch), branches, keys[chosen], timesteps
+            outputs = self._denoise(params, *inputs, settings=settings, negative=negative)
+            images.append(np.asarray(outputs)[: len(rows) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
 
@@ -148,6 +177,15 @@ def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, 
         pictures = [layout.picture(frame, sizes) for frame in inputs]
     item.frames = [*inputs, last]
     return item, [*pictures, Picture()]
+
+
+def negate(request: Example, words: str) -> Example:
+    """The request with other words for the image to come; what earlier images were made from stays."""
+    *given, last = request["segments"]
+    drawn = [number for number, segment in enumerate(given) if segment.get("generate")]
+    start = drawn[-1] + 1 if drawn else 0
+    images = [segment for segment in given[start:] if segment["type"] == "image"]
+    return {**request, "segments": [*given[:start], *images, example_lib.text(words), last]}
 
 
 @contextlib.contextmanager
@@ -205,6 +243,7 @@ def denoise(
     keys: jax.Array,
     timesteps: jax.Array,
     settings: Sampling,
+    negative: Negative | None = None,
 ) -> jax.Array:
     """Integrates the guided flow over `timesteps`; returns the last image of each row, float32 in [0, 1].
 
@@ -212,20 +251,26 @@ def denoise(
     """
     forward = Forward(model, params, batch)
     shape = batch.images.generated.shape
+    other = Forward(model, params, negative.batch) if negative else None
 
-    def condition(drop_text: jax.Array, drop_visual: jax.Array) -> Condition:
-        drop = Drop(jnp.full(shape, drop_text), jnp.full(shape, drop_visual))
-        return forward.model.condition(forward.text_embeddings, forward.visual_embeddings, batch, drop)
+    def condition(branch: int) -> Condition:
+        drop = jax.tree.map(lambda dropped: jnp.full(shape, dropped[branch]), Drop(*branches[:3]))
+        text, part, meta = forward.text_embeddings, batch.diffusion, None
+        if other:
+            theirs = other.text_embeddings, other.batch.diffusion
+            text, part = jax.tree.map(lambda x, y: jnp.where(branches.drop_text[branch], y, x), (text, part), theirs)
+            drop, meta = drop._replace(text=drop.text & ~negative.given[:, None]), part.context_meta
+        asked = batch._replace(diffusion=part)
+        return forward.model.condition(text, forward.visual_embeddings, asked, drop)._replace(meta=meta)
 
-    conditions = [condition(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)]
-    conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *conditions)
+    conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *map(condition, range(len(branches.weight))))
 
     def tokens(patches: jax.Array, part: Diffusion) -> jax.Array:
         return gather_tokens(patches.reshape(shape[0], -1, patches.shape[-1]), part.latent_source)
 
     latents = forward.latents
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
-    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta)
+    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta, batch.images.number)
     noise = tokens(noise, batch.diffusion)
     drawn = integrate(forward.model, conditions, branches, noise, batch, timesteps, settings, memory)
     size = (side // model.config.autoencoder.downsampling for side in batch.images.pixels.shape[2:4])
@@ -266,5 +311,9 @@ def integrate(
     return solver.SOLVERS[settings.solver](velocity, noise, timesteps)
 
 
-def _needs_conditional(settings: Sampling) -> bool:
-    return settings.guidance_interval != (0.0, 1.0) or settings.renormalisation > 0
+def branches_of(settings: Sampling, pathways: str = "both") -> guidance.Branches:
+    """The branches of guidance; where none drops the images, `drop_images` is None: all then share their masks."""
+    needs_conditional = settings.guidance_interval != (0.0, 1.0) or settings.renormalisation > 0
+    scales = settings.text_scale, settings.visual_scale, settings.image_scale
+    branches = guidance.branches(pathways, *scales, keep_conditional=needs_conditional)
+    return branches if branches.drop_images.any() else branches._replace(drop_images=None)

@@ -6,9 +6,9 @@
                                                               |
     images -> autoencoder -> latents, noised ------------> diffusion transformer -> velocity
 
-Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, dit, autoencoder`. A stage
-holds only the parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM tokens,
-I frames of a row, N query tokens, T latent tokens, P values in a patch.
+Parameters are one dict keyed by part: `vlm, queries, connector, vision_target, conditioning, frames, dit, autoencoder`.
+A stage holds only the parts that it uses; beside them stand `statistics`, constants measured on the data. B rows, L VLM
+tokens, I frames of a row, N query tokens, T latent tokens, M clean ones, P values in a patch.
 """
 
 import functools
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from mmcore_jax.bridge.conditioning import Condition, Drop, DualPathway
 from mmcore_jax.bridge.connector import make_connector
+from mmcore_jax.bridge.frames import FrameEmbedding
 from mmcore_jax.bridge.queries import LearnableQueries
 from mmcore_jax.config import Execution, Model
 from mmcore_jax.data.layout import Interleaved, Pairs
@@ -55,6 +56,8 @@ class MMCORE(nn.Module):
             self.autoencoder = make_autoencoder(model.autoencoder, run)
             self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run)
             self.dit = MMDiTModel(model.dit, run)
+            if model.frames:
+                self.frames = FrameEmbedding(model.frames, model.dit.width, run)
 
     def __call__(self, batch: Interleaved | Pairs) -> None:
         """Runs every part once, so that `init` makes all parameters."""
@@ -78,10 +81,13 @@ class MMCORE(nn.Module):
 
     def hidden_states(self, batch: Interleaved) -> jax.Array:
         """Runs the VLM over text, images and queries: `[B, L, D]`, normed."""
+        return self.vlm.decode(self.embed(batch), batch.tokens.meta, batch.tokens.positions)
+
+    def embed(self, batch: Interleaved) -> jax.Array:
+        """What the VLM's decoder is given of text, images and queries: `[B, L, D]`."""
         tokens, patches = batch.tokens, batch.patches
         values = qwen_vl.normalize(patches.values)
-        x = self.vlm.embed(tokens.ids, tokens.meta, tokens.source, values, patches.meta, self.queries())
-        return self.vlm.decode(x, tokens.meta, tokens.positions)
+        return self.vlm.embed(tokens.ids, tokens.meta, tokens.source, values, patches.meta, self.queries())
 
     def logits(self, hidden_states: jax.Array) -> jax.Array:
         """Next-token logits `[..., V]`, float32."""
@@ -133,11 +139,21 @@ class MMCORE(nn.Module):
         both = both.reshape(both.shape[0], -1, both.shape[-1])
         return gather_tokens(both, source + jnp.where(meta.kind == masks.NOISED, both.shape[1] // 2, 0))
 
-    def remember(self, tokens: jax.Array, meta: TokenMeta) -> Memory:
-        """What clean tokens `[B, M, P]` are to noised ones: the same at every timestep and under every condition."""
+    def remember(self, tokens: jax.Array, meta: TokenMeta, number: jax.Array) -> Memory:
+        """What clean tokens `[B, M, P]` are to noised ones: the same at every timestep and under every condition.
+
+        `number` `[B, I]` is that of the images in their documents.
+        """
         t = jnp.zeros((tokens.shape[0], 1))
         width = self.config.dit.pooled_width
-        return self.dit.remember(tokens, t, meta, masks.block_causal, jnp.zeros((*t.shape, width)) if width else None)
+        pooled = jnp.zeros((*t.shape, width)) if width else None
+        return self.dit.remember(tokens, t, meta, masks.block_causal, pooled, self.identity(meta, number))
+
+    def identity(self, meta: TokenMeta, number: jax.Array) -> jax.Array | None:
+        """Which image of its document each latent token is of, `[B, T, D]`; a frame that stands alone is its first."""
+        if not self.config.frames:
+            return None
+        return self.frames(jnp.where(meta.document < 0, 0, jnp.take_along_axis(number, meta.frame, axis=1)))
 
     def velocity(
         self, tokens: jax.Array, condition: Condition, t: jax.Array, batch: Interleaved, memory: Memory | None = None
@@ -151,13 +167,15 @@ class MMCORE(nn.Module):
           batch: says what the tokens are.
           memory: of clean tokens that are not among `tokens`.
         """
-        part, meta = batch.diffusion, batch.diffusion.latent_meta
+        meta, context_meta = batch.diffusion.latent_meta, condition.meta or batch.diffusion.context_meta
+        if condition.alone is not None:
+            meta, context_meta = (masks.alone(each, condition.alone) for each in (meta, context_meta))
         timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
-        slots = Slots(part.context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
+        slots = Slots(context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
         pooled = None if condition.pooled is None else jnp.pad(condition.pooled, ((0, 0), (0, 1), (0, 0)))
-        prediction = self.dit(
-            tokens, condition.context, timesteps, slots, meta, part.context_meta, masks.block_causal, pooled, memory
-        )
+        identity = self.identity(meta, batch.images.number)
+        given = slots, meta, context_meta, masks.block_causal, pooled, memory, identity
+        prediction = self.dit(tokens, condition.context, timesteps, *given)
         t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
         return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)
 

@@ -64,14 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         "--requests",
         type=pathlib.Path,
         metavar="JSON",
-        help='a list of {"prompt": ..., "images": [PATH, ...], "output": "NAME.png", "seed": N, "size": "HxW"}; '
-        "images, seed and size may be left out, paths are relative to the file",
+        help='a list of {"prompt": ..., "images": [PATH, ...], "output": "NAME.png", "seed": N, "size": "HxW", '
+        '"negative": ...}; images, seed, size and negative may be left out, paths are relative to the file',
     )
     what.add_argument("--interactive", action="store_true", help="a conversation, each turn a picture")
     parser.add_argument("--image", type=pathlib.Path, nargs="*", default=[], help="images to edit or combine")
     parser.add_argument(
         "--output", type=pathlib.Path, required=True, help="a .png file, or a directory without --prompt"
     )
+    parser.add_argument("--negative", metavar="PROMPT", help="what not to draw: guidance leads away from it")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
         "--size", metavar="HxW", help="height and width in pixels; default: those of the first image, or a square"
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--visual_scale", type=float, help="guidance towards the visual embeddings; default: the config's"
     )
+    parser.add_argument("--image_scale", type=float, help="guidance towards the images given; default: the config's")
     parser.add_argument("--batch_size", type=int, default=8, help="drawn at once, at most (default: %(default)s)")
     parser.add_argument(
         "--scale", type=int, default=8, help="pixels of the output for each one generated (default: %(default)s)"
@@ -97,6 +99,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1.")
     requests.check_seed(arguments.seed, "--seed")
+    requests.check_negative(arguments.negative, "--negative")
     if arguments.prompt is not None:
         pictures.check_output(arguments.output, "--output")
         return
@@ -134,15 +137,18 @@ class Painter:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
             )
-        given = {name: getattr(arguments, name) for name in ("solver", "steps", "text_scale", "visual_scale")}
-        given = {name: value for name, value in given.items() if value is not None}
+        names = ("solver", "steps", "text_scale", "visual_scale", "image_scale")
+        given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
         self._settings = dataclasses.replace(self.config.sampling, **given)
-        self._size = _size(arguments)
+        self._size, self._negative = _size(arguments), arguments.negative
         if self._size:
             generate.check_size(self._size, self.config, f"--size {arguments.size}")
 
     def check(self, job: Job) -> None:
-        """Raises `UserError` if a request has more images than any example in training, or a size that does not fit."""
+        """Raises `UserError` for a request that the run cannot draw.
+
+        It has more images than any example in training, a size that does not fit, or a negative prompt in vain.
+        """
         if job.size:
             generate.check_size(job.size, self.config, f"the size {generate.show_size(job.size)} of {job.output}")
         most, given = self.config.data.budgets.images, len(requests.images_of(job.request))
@@ -151,15 +157,25 @@ class Painter:
                 f"the request for {job.output} gives {given} images, but with the one to draw {self._workdir} was "
                 f"trained with {most} at most (config.data.budgets.images): give {most - 1} or fewer."
             )
+        if self.negative_of(job) and not generate.branches_of(self._settings).drop_text.any():
+            raise UserError(
+                f"the negative prompt of {job.output} does nothing where text_scale, visual_scale and image_scale are "
+                "all 1: give --text_scale more."
+            )
 
     def size_of(self, job: Job) -> Size:
         """Height and width of the picture of a job."""
         return job.size or self._size or generate.default_size(job.request, self.config)
 
+    def negative_of(self, job: Job) -> str | None:
+        """The negative prompt of a job."""
+        return job.negative or self._negative
+
     def describe(self, job: Job) -> Settings:
         """What a picture follows from; images by their hash."""
         images = [hashlib.sha256(image).hexdigest()[:16] for image in requests.images_of(job.request)]
-        description = {"prompt": requests.prompt_of(job.request), "images": " ".join(images), "seed": job.seed}
+        description = {"prompt": requests.prompt_of(job.request), "negative": self.negative_of(job) or ""}
+        description |= {"images": " ".join(images), "seed": job.seed}
         description |= {"size": generate.show_size(self.size_of(job))} | dataclasses.asdict(self._settings)
         description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self.config.total_steps}
         description["mmcore_jax"] = __version__
@@ -176,7 +192,8 @@ class Painter:
             batch = jobs[first : first + self._batch_size]
             full = [*batch, *[batch[-1]] * (min(self._batch_size, len(jobs)) - len(batch))]  # one shape for all
             drawn = [job.request for job in full], self._settings, [job.seed for job in full]
-            images = self._generate(*drawn, batch_size=len(full), sizes=[size] * len(full))
+            negatives = [self.negative_of(job) for job in full]
+            images = self._generate(*drawn, batch_size=len(full), sizes=[size] * len(full), negatives=negatives)
             for job, image in zip(batch, images):
                 pictures.save(job.output, image, self._scale, self.describe(job))
                 yield image
@@ -193,7 +210,8 @@ class Painter:
 def load_generator(workdir: pathlib.Path) -> Callable[..., np.ndarray]:
     """The sampler of a finished run: a `Generator` that holds its parameters."""
     config, model, params = load_run(workdir)
-    return functools.partial(Generator(config, model, load_tokenizer(workdir / "tokenizer")), params)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    return functools.partial(Generator(config, model, tokenizer, converses=True), params)
 
 
 def _draw_one(painter: Painter, job: Job) -> None:

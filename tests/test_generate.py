@@ -18,9 +18,9 @@ from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import layout
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion import flow, guidance, solver
-from mmcore_jax.generate import Generator, default_size, denoise, fit, noise_keys, prepare, split
+from mmcore_jax.generate import Generator, default_size, denoise, fit, negate, noise_keys, prepare, split
 from mmcore_jax.mmcore import MMCORE, Forward
-from mmcore_jax.nn import attention
+from mmcore_jax.nn import attention, masks
 from mmcore_jax.nn.layers import gather_tokens
 from mmcore_jax.nn.masks import NOISED
 from mmcore_jax.nn.patches import unpatchify
@@ -28,7 +28,7 @@ from tests import tiny
 
 PICTURES = [tiny.drawing(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]
 NETWORKS = {
-    "looped": ["model.dit.depth=4", "model.dit.dual_layers=2"],
+    "looped": ["model.dit.depth=4", "model.dit.dual_layers=2", "model.frames={'count': 4}"],
     "unrolled": ["model.dit.depth=4", "model.dit.dual_layers=2", "execution.scan_layers=False"],
     "blockwise": ["model.dit.pooled_width=0", "model.dit.position=rotary", "execution.attention=blockwise"],
 }
@@ -114,13 +114,17 @@ def test_settings_reach_the_picture(data):
     assert np.abs(generate(**guided) - plain).mean() > 5
     assert np.abs(generate(**guided, guidance_interval=(0.0, 0.0)) - plain).max() <= 1
     assert np.abs(generate(**guided, renormalisation=1.0) - generate(**guided)).mean() > 1
+    assert np.abs(generate(image_scale=3.0) - plain).mean() > 1
 
 
 # --- Reuse ------------------------------------------------------------------------------------------------------------
 
 
-def plain(model, params, batch, branches, keys, timesteps):
-    """What `denoise` returns, where every step and branch runs all tokens."""
+def plain(model, params, batch, branches, keys, timesteps, negated=None, given=()):
+    """What `denoise` returns, where every step and branch runs all tokens.
+
+    Those of the rows `given` that drop the text run instead on the requests `negated`, whose text they keep.
+    """
     forward, shape = Forward(model, params, batch), batch.images.generated.shape
     clean = forward.model.latents(batch.images.pixels)
     noise = [jax.random.normal(key, clean.shape[1:]) for key in keys]
@@ -128,18 +132,21 @@ def plain(model, params, batch, branches, keys, timesteps):
     noised = batch.diffusion.latent_meta.kind == NOISED
 
     @jax.jit
-    def conditions(params):
+    def velocity(params, tokens, batch, visual, drop, t):
         forward = Forward(model, params, batch)
-        drops = [Drop(*(jnp.full(shape, dropped) for dropped in each)) for each in zip(*branches[:2])]
-        states = forward.text_embeddings, forward.visual_embeddings
-        return [forward.model.condition(*states, batch, drop) for drop in drops]
+        condition = forward.model.condition(forward.text_embeddings, visual, batch, drop)
+        return forward.model.velocity(tokens, condition, jnp.full(shape, t), batch)
 
-    @jax.jit
-    def velocity(params, tokens, condition, t):
-        return model.apply({"params": params}, tokens, condition, jnp.full(shape, t), batch, method="velocity")
+    def of_branch(tokens, dropped, t):
+        drop = Drop(*(jnp.full(shape, each) for each in dropped))
+        if negated is None or not dropped[0]:
+            return velocity(params, tokens, batch, visual, drop, t)
+        drop = drop._replace(text=~given[:, None] & drop.text)
+        return velocity(params, tokens, negated, visual, drop, t)
 
+    visual = forward.visual_embeddings
     for now, later in itertools.pairwise(timesteps):
-        velocities = [velocity(params, tokens, condition, now) for condition in conditions(params)]
+        velocities = [of_branch(tokens, dropped, now) for dropped in zip(*branches[:3])]
         guided = sum(weight * each for weight, each in zip(branches.weight, velocities))
         tokens += (later - now) * noised[..., None] * guided
     patches = jnp.stack([row[chosen] for row, chosen in zip(tokens, noised)])
@@ -148,21 +155,32 @@ def plain(model, params, batch, branches, keys, timesteps):
 
 
 def of_another_request(remember):
-    return lambda self, tokens, meta: remember(self, jnp.roll(tokens, 1, axis=0), meta)
+    return lambda self, tokens, *rest: remember(self, jnp.roll(tokens, 1, axis=0), *rest)
 
 
 def left_out(remember):
     return lambda *given: None
 
 
+def not_dropped(alone):
+    return lambda meta, frames: meta
+
+
+BROKEN = ((MMCORE, "remember", of_another_request), (MMCORE, "remember", left_out), (masks, "alone", not_dropped))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_reuse_changes_no_picture(data, network, monkeypatch):
-    """Nor the mixture of a batch: requests give 1, 0, 4 and 2 images."""
+    """Nor the mixture of a batch: requests give 1, 0, 4 and 2 images. All four branches of guidance run."""
     monkeypatch.setattr(attention, "BLOCK", 16)
     config, model, params = load(data, *NETWORKS[network])
     counts = np.array([1, 0, 4, 2])
     batch = batch_of(config, [request(PICTURES[count : 2 * count]) for count in counts])
-    inputs = guidance.branches("both", 2.0, 1.5), noise_keys(3, len(batch.row)), solver.timesteps(3, 3.0, "trailing")
+    inputs = (
+        guidance.branches("both", 2.0, 1.5, 1.75),
+        noise_keys(3, len(batch.row)),
+        solver.timesteps(3, 3.0, "trailing"),
+    )
 
     def differences():
         """Of each row, the largest."""
@@ -173,16 +191,60 @@ def test_reuse_changes_no_picture(data, network, monkeypatch):
     expected = plain(model, params, batch, *inputs)
     assert ((expected > 0) & (expected < 1)).mean() > 0.5
     assert differences().max() < 1e-4
-    for broken in (of_another_request, left_out):
+    for owner, name, broken in BROKEN:
         with monkeypatch.context() as patch:
-            patch.setattr(MMCORE, "remember", broken(MMCORE.remember))
+            patch.setattr(owner, name, broken(getattr(owner, name)))
             found = differences()
         assert (found[counts > 0] > 0.01).all()
         assert (found[counts == 0] < 1e-4).all()
 
 
-def test_training_is_sampling(data):
-    """Frames of a document that are trained at once have the velocities of frames that are asked for one by one."""
+def test_negative_prompts(data):
+    """Of two requests in three: guidance leads away from what the VLM makes of the same images and these words."""
+    config, model, params = load(data)
+    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
+    requests = [request(PICTURES[:2]), request([]), request(PICTURES[3:4], "a dot")]
+    negatives = ["a blue bar and a green one", None, "black"]
+    scales = dict(text_scale=3.0, visual_scale=2.0, image_scale=1.5)
+    settings = dataclasses.replace(config.sampling, **scales)
+
+    def generate(negatives, chosen=slice(None), **changes):
+        changed = dataclasses.replace(settings, **changes)
+        return generator(params, requests[chosen], changed, [5, 6, 7][chosen], negatives=negatives).astype(int)
+
+    found = generate(negatives)
+    words = [negative or "make it red" for negative in negatives]
+    images = [PICTURES[:2], [], PICTURES[3:4]]
+    negated, given = batch_of(config, [*map(request, images, words)]), np.array([True, False, True])
+    timesteps = solver.timesteps(2, settings.timestep_shift, settings.timestep_spacing)
+    inputs = guidance.branches("both", 3.0, 2.0, 1.5), noise_keys([5, 6, 7], 3), timesteps
+    expected = plain(model, params, batch_of(config, requests), *inputs, negated, given)
+    assert np.abs(found - 255 * expected).max() <= 1
+    without = np.abs(found - generate(None)).max(axis=(1, 2, 3))
+    assert (without[given] > 10).all()
+    assert without[1] <= 1
+    alone = generate(negatives[:1], slice(1))
+    assert np.abs(alone - found[:1]).max() <= 1
+    own = generate(["make it red"], slice(1), visual_scale=1.0, image_scale=1.0)
+    unguided = generate(None, slice(1), text_scale=1.0, visual_scale=1.0, image_scale=1.0)
+    assert np.abs(own - unguided).max() <= 1
+
+
+def test_what_a_negative_prompt_replaces():
+    """The words for the image to come, those that stand before a given image too; not what came of earlier words."""
+    image, text = example_lib.image, example_lib.text
+    turn = [text("one"), image(b"drawn", generate=True)]
+    segments = [*turn, text("two"), image(b"given"), text("three"), image(b"to come", generate=True)]
+    negated = negate({"id": "x", "task": "test", "segments": segments}, "four")
+    assert negated["segments"] == [*turn, image(b"given"), text("four"), image(b"to come", generate=True)]
+
+
+@pytest.mark.parametrize("alone", [[False, False, False], [False, True, False]])
+def test_training_is_sampling(data, alone):
+    """Frames of a document that are trained at once have the velocities of frames that are asked for one by one.
+
+    So has one that loses its condition images, between two that do not.
+    """
     config, model, params = load(data, *NETWORKS["looped"])
     segments = [example_lib.image(PICTURES[0])]
     for number in range(1, 4):
@@ -195,10 +257,10 @@ def test_training_is_sampling(data):
     batch = layout.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
     t = jnp.array([[0.0, 0.9, 0.6, 0.3]])
 
-    def condition(forward, batch):
+    def condition(forward, batch, alone):
         nothing = jnp.zeros(batch.images.generated.shape, bool)
         states = forward.text_embeddings, forward.visual_embeddings
-        return forward.model.condition(*states, batch, Drop(nothing, nothing))
+        return forward.model.condition(*states, batch, Drop(nothing, nothing, alone))
 
     @jax.jit
     def trained(params):
@@ -206,7 +268,8 @@ def test_training_is_sampling(data):
         clean = forward.model.latents(batch.images.pixels)
         noised = flow.interpolate(clean, jax.random.normal(jax.random.key(0), clean.shape), t[..., None, None])
         tokens = forward.model.latent_tokens(clean, noised, batch)
-        return noised[0, 1:], forward.model.velocity(tokens, condition(forward, batch), t, batch)
+        given = condition(forward, batch, np.array([[False, *alone]]))
+        return noised[0, 1:], forward.model.velocity(tokens, given, t, batch)
 
     @jax.jit
     def sampled(params, tokens):
@@ -215,8 +278,8 @@ def test_training_is_sampling(data):
         forward = Forward(model, params, batch)
         latents = forward.model.latents(batch.images.pixels)
         latents = gather_tokens(latents.reshape(3, -1, latents.shape[-1]), clean.latent_source)
-        given = condition(forward, batch), jnp.tile(t, (3, 1)), batch
-        memory = forward.model.remember(latents, clean.latent_meta)
+        given = condition(forward, batch, np.tile(alone, (4, 1)).T), jnp.tile(t, (3, 1)), batch
+        memory = forward.model.remember(latents, clean.latent_meta, batch.images.number)
         return [forward.model.velocity(tokens, *given, memory=each) for each in (memory, None)]
 
     noised, velocities = trained(params)
@@ -225,4 +288,6 @@ def test_training_is_sampling(data):
     found, forgetful = sampled(params, noised)
     assert (expected.std(axis=(1, 2)) > 0.1).all()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    assert (np.abs(forgetful - expected).max(axis=(1, 2)) > 0.01).all()
+    missed = np.abs(forgetful - expected).max(axis=(1, 2))
+    np.testing.assert_array_equal(missed > 0.01, np.logical_not(alone))
+    assert (missed[alone] < 1e-5).all()

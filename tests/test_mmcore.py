@@ -36,7 +36,7 @@ AUTOENCODER = dict(
     shift_factor=0.1,
     tile=0,
 )
-PARTS = ("vlm", "queries", "connector", "conditioning", "dit", "autoencoder")
+PARTS = ("vlm", "queries", "connector", "conditioning", "frames", "dit", "autoencoder")
 FROZEN = {"pattern": "(vlm|queries|connector|autoencoder)/.*", "frozen": True}
 
 
@@ -48,6 +48,7 @@ def configured(data: pathlib.Path, *extra: str, **changes) -> Config:
         f"--config.model.autoencoder={AUTOENCODER | changes}",
         "--config.model.dit.patch_size=2",
         "--config.model.dit.latent_channels=4",
+        "--config.model.frames={'count': 2}",
         f"--config.init={dict.fromkeys(PARTS, 'random')}",
         f"--config.tuning=({FROZEN}, {{'pattern': '.*'}})",
         *extra,
@@ -62,6 +63,7 @@ def test_a_step_and_a_picture(data):
         batch, model = Batches(config)[0].arrays, MMCORE(config.model, config.execution)
         plan = make_plan(config, model, mesh, batch)
         params = initial_params(config, model, plan, batch, list(plan.shapes))
+        assert not params["frames/embedding"].any()
         constants = Constants(freeze(config, plan, params), {})
         state = create_state(config, plan, mesh, params)
         step = jax.jit(make_step(config, model, plan), donate_argnums=0)

@@ -48,7 +48,7 @@ def test_fine_tuning_continues_its_stage(stage, recipe):
     if stage == "stage2":
         dropped, ended = (config.objectives.flow_matching.dropout for config in (after, before))
         assert (dropped.text.start, dropped.text.end) == (ended.text.end, ended.text.end)
-        assert (dropped.visual.end, dropped.joint) == (ended.visual.end, ended.joint)
+        assert (dropped.visual.end, dropped.joint, dropped.images) == (ended.visual.end, ended.joint, ended.images)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,10 +72,10 @@ def test_networks_are_the_published_ones(stage, recipe, tmp_path):
         ("stage1", "qwen25vl3b_frozen", {"queries", "connector"}, 405_077_120),
         ("stage1_sft", "qwen25vl3b_sd35m", {"vlm", "queries", "connector"}, 3_754_622_976),
         ("stage1_sft", "qwen25vl7b_sd35l", {"vlm", "queries", "connector"}, 8_292_166_656),
-        ("stage2", "qwen25vl3b_sd35m", {"dit", "conditioning"}, 2_243_171_520),
-        ("stage2", "qwen25vl7b_sd35l", {"dit", "conditioning"}, 8_056_627_520),
-        ("stage2_sft", "qwen25vl3b_sd35m", {"dit", "conditioning"}, 2_243_171_520),
-        ("stage2_sft", "qwen25vl7b_sd35l", {"dit", "conditioning"}, 8_056_627_520),
+        ("stage2", "qwen25vl3b_sd35m", {"dit", "conditioning", "frames"}, 2_243_171_520),
+        ("stage2", "qwen25vl7b_sd35l", {"dit", "conditioning", "frames"}, 8_056_627_520),
+        ("stage2_sft", "qwen25vl3b_sd35m", {"dit", "conditioning", "frames"}, 2_243_171_520),
+        ("stage2_sft", "qwen25vl7b_sd35l", {"dit", "conditioning", "frames"}, 8_056_627_520),
     ],
 )
 def test_the_step(stage, recipe, trained, parameters):

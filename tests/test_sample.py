@@ -47,27 +47,28 @@ def pixels(path: pathlib.Path) -> np.ndarray:
 
 def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdir, tmp_path):
     """In a row of seeds, among other requests, in a conversation and by itself."""
-    seeds = ("--seed=4", "--num=3", "--batch_size=2")
+    seeds = ("--seed=4", "--num=3", "--batch_size=2", "--negative=black")
     assert enter("--prompt=a red dot", f"--output={tmp_path / 'dot.png'}", "--scale=2", *seeds)[0] == 0
     numbered = [tmp_path / f"dot_{seed}.png" for seed in (4, 5, 6)]
     assert np.abs(pixels(numbered[0]) - pixels(numbered[1])).max() > 10
     assert Image.open(tmp_path / "dot_sheet.png").width > 3 * 256
 
-    code, said, _ = enter("--prompt=a red dot", f"--output={tmp_path / 'six.png'}", "--seed=6", "--scale=2")
+    code, said, _ = enter("--prompt=a red dot", f"--output={tmp_path / 'six.png'}", "--seed=6", "--scale=2", *seeds[3:])
     assert code == 0
     assert "'a red dot', seed 6" in said
     np.testing.assert_array_equal(pixels(tmp_path / "six.png"), pixels(numbered[2]))
     assert Image.open(tmp_path / "six.png").size == (32, 32)
     assert Image.open(tmp_path / "six.png").text == Image.open(numbered[2]).text == {
-        "prompt": "a red dot", "images": "", "seed": "6",
-        "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "timestep_shift": "3.0",
+        "prompt": "a red dot", "negative": "black", "images": "", "seed": "6",
+        "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "image_scale": "1.0", "timestep_shift": "3.0",
         "timestep_spacing": "trailing", "scale": "2", "solver": "euler", "guidance_interval": "(0.0, 1.0)",
         "renormalisation": "0.0", "size": "16x16",
         "workdir": str(workdir), "checkpoint_step": "20", "mmcore_jax": __version__,
     }  # fmt: skip
 
     lines = "/seed 6\na red dot\n/image nowhere.png\nnow a bar\n"
-    code, said, errors = enter("--interactive", f"--output={tmp_path / 'talk'}", "--scale=2", lines=lines)
+    talk = ("--interactive", f"--output={tmp_path / 'talk'}", "--scale=2", *seeds[3:])
+    code, said, errors = enter(*talk, lines=lines)
     assert code == 0
     assert errors == "error: the image nowhere.png cannot be read: No such file or directory.\n"
     turns = [tmp_path / f"talk/turn_{number:02d}.png" for number in (1, 2)]
@@ -82,7 +83,7 @@ def test_requests_are_drawn_once(enter, tmp_path):
     (tmp_path / "in/dot.png").write_bytes(tiny.drawing("red", "dot"))
     listed = [
         {"prompt": "a red dot", "output": "dot.png"},
-        {"prompt": "make it blue", "images": ["dot.png"], "output": "blue.png", "seed": 3},
+        {"prompt": "make it blue", "images": ["dot.png"], "output": "blue.png", "seed": 3, "negative": "red"},
         {"prompt": "a red dot", "output": "other.png", "seed": 3, "size": "8x16"},
     ]
     (tmp_path / "in/requests.json").write_text(json.dumps(listed))
@@ -100,6 +101,8 @@ def test_requests_are_drawn_once(enter, tmp_path):
     sizes = {name: Image.open(output / name).size for name in ("dot.png", "blue.png", "other.png")}
     assert sizes == {"dot.png": (128, 128), "blue.png": (128, 128), "other.png": (128, 64)}
     assert Image.open(output / "other.png").text["size"] == "8x16"
+    negatives = {name: Image.open(output / name).text["negative"] for name in sizes}
+    assert negatives == {"dot.png": "", "blue.png": "red", "other.png": ""}
     (output / "other.png").unlink()
     (output / "dot.png").write_bytes(first["dot.png"][:-40])
     said, second = draw()
@@ -118,7 +121,7 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
     assert enter(*arguments)[0] == 0
     monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     assert enter(*arguments)[0] == 0
-    for change in ("--text_scale=1", "--scale=9", "--steps=1", "--size=8x16"):
+    for change in ("--text_scale=1", "--image_scale=2", "--negative=blue", "--scale=9", "--steps=1", "--size=8x16"):
         with pytest.raises(pytest.fail.Exception):
             enter(*arguments, change)
 
@@ -127,6 +130,11 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
     ("arguments", "words"),
     [
         (["--prompt= "], ["--prompt is empty"]),
+        (["--prompt=x", "--negative= "], ["--negative is empty: say what not to draw, or leave it out"]),
+        (
+            ["--prompt=x", "--negative=y", "--text_scale=1", "--visual_scale=1"],
+            ["negative prompt of x.png does nothing"],
+        ),
         (["--prompt=x", "--output=x.jpg"], ["x.jpg", ".png"]),
         (["--prompt=x", "--output=nowhere/x.png"], ["nowhere", "does not exist"]),
         (["--prompt=x", "--image", "missing.png"], ["--image missing.png", "No such file"]),

@@ -54,7 +54,7 @@ def our_loop(sizes: MMDiTSizes, original: torch.nn.Module, arrays: dict[str, np.
         row=np.arange(sizes.batch),
         tokens=None,
         patches=None,
-        images=Images(pixels=None, targets=None, generated=np.ones((sizes.batch, 1), bool), queries=None),
+        images=Images(None, None, generated=np.ones((sizes.batch, 1), bool), queries=None, number=None),
         diffusion=Diffusion(context_meta, None, latent_meta, None),
     )
     contexts = arrays["encoder_hidden_states"].reshape(2, sizes.batch, sizes.context, sizes.context_width)

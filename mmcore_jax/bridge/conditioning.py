@@ -1,5 +1,11 @@
 """Dual-pathway conditioning (MMCORE section 3.1.1 iii and 3.2): text and visual embeddings, each with its own
-projection and its own learned null embedding, and the independent dropout of the two.
+projection and its own learned null embedding, and the independent dropout of the two and of the condition images.
+
+A frame that loses its condition images sees no CLEAN token of its document (InstructPix2Pix, arXiv:2211.09800, blanks
+the latents of its one image); other frames see what they saw. What the VLM has made of the images stays: it is the
+business of the two pathways, which have dropout of their own, and where these are dropped as well, as in the branch
+that image guidance starts from, nothing of the images is left. That is then what text-to-image trains too, with both
+pathways dropped: an image that is drawn from nothing.
 
 B rows, L context tokens, I frames of a row, D width.
 """
@@ -18,17 +24,27 @@ from mmcore_jax.sharding import parameter
 
 
 class Drop(NamedTuple):
-    """Which frames lose their text and their visual embeddings, bool `[B, I]` each."""
+    """Which frames lose their text, their visual embeddings and their condition images, bool `[B, I]` each.
+
+    `images` None means that no frame does.
+    """
 
     text: jax.Array
     visual: jax.Array
+    images: jax.Array | None = None
 
 
 class Condition(NamedTuple):
-    """What the diffusion transformer is conditioned on. `pooled` is None where it takes no pooled conditioning."""
+    """What the diffusion transformer is conditioned on. `pooled` is None where it takes no pooled conditioning.
+
+    `alone`: frames without their condition images, None where there are none. `meta`: of the context, None where that
+    is the one of the batch.
+    """
 
     context: jax.Array  # [B, L, width]
     pooled: jax.Array | None  # [B, I, pooled_width]
+    alone: jax.Array | None = None  # bool [B, I]
+    meta: TokenMeta | None = None  # [B, L]
 
 
 class DualPathway(nn.Module):
@@ -46,18 +62,18 @@ class DualPathway(nn.Module):
           text: `[B, L, D_vlm]`, read where `meta.kind` is TEXT.
           visual: `[B, L, D_visual]`, read where it is VISUAL.
           meta: of the context tokens.
-          drop: frames whose tokens become the null embedding.
+          drop: what each frame loses; tokens of a pathway become its null embedding.
         """
         text = self._pathway(text, gather_tokens(drop.text, meta.frame), "text")
         visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual")
         context = jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
         if not self.pooled_width:
-            return Condition(context, None)
+            return Condition(context, None, drop.images)
         frames = meta.frame[:, None] == jnp.arange(drop.text.shape[1])[:, None]
         means = [_mean(context, frames & (meta.kind == kind)[:, None]) for kind in (masks.TEXT, masks.VISUAL)]
         dtype = jnp.dtype(self.execution.compute_dtype)
         pooled = Dense(self.pooled_width, ("embed", None), True, dtype, name="pooled_projection")
-        return Condition(context, pooled(jnp.concatenate(means, axis=-1)))
+        return Condition(context, pooled(jnp.concatenate(means, axis=-1)), drop.images)
 
     def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
@@ -78,10 +94,20 @@ def ramp(schedule: Ramp, step: jax.Array) -> jax.Array:
     return schedule.start + (schedule.end - schedule.start) * progress
 
 
-def draw_dropout(config: Dropout, draws: jax.Array, step: jax.Array) -> Drop:
-    """Turns uniform draws `[B, I, 3]` (text, visual, joint) into what is dropped at this step."""
+def draw_dropout(config: Dropout, keys: jax.Array, frames: int, step: jax.Array) -> Drop:
+    """Draws what each of `frames` frames loses at this step; `keys` `[B]`, one a row."""
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (frames, 3)))(keys)
     joint = draws[..., 2] < config.joint
     return Drop(
         text=(draws[..., 0] < ramp(config.text, step)) | joint,
         visual=(draws[..., 1] < ramp(config.visual, step)) | joint,
+        images=_draw_images(config.images, keys, frames, step),
     )
+
+
+def _draw_images(schedule: Ramp, keys: jax.Array, frames: int, step: jax.Array) -> jax.Array | None:
+    """From a key of its own, so that a rate of 0 leaves every other number as it is."""
+    if schedule.start == schedule.end == 0:
+        return None
+    draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (frames,)))(keys)
+    return draws < ramp(schedule, step)

@@ -54,12 +54,16 @@ class Patches(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images of a row by frame slot; `generated` marks those to predict, `queries` is where their queries stand."""
+    """The images of a row by frame slot; `generated` marks those to predict, `queries` is where their queries stand.
+
+    `number` counts the images of a document, from 0.
+    """
 
     pixels: np.ndarray | None  # uint8 [B, I, height, width, 3], for the autoencoder; None once it has seen them
     targets: np.ndarray  # uint8 [B, I, size, size, 3], for the vision target
     generated: np.ndarray  # bool [B, I]
     queries: np.ndarray  # [B, I, N], position in the VLM's sequence
+    number: np.ndarray  # [B, I]
 
 
 class Diffusion(NamedTuple):
@@ -144,7 +148,7 @@ def geometry(model: Model, data: Data) -> Geometry:
 
     Raises:
       UserError: if an image size or the budget of vision patches does not fit the patches of a part, the diffusion
-        transformer does not fit the autoencoder, or there is no aspect ratio.
+        transformer does not fit the autoencoder, there are more images than frame embeddings, or no aspect ratio.
     """
     vision = model.vlm.vision
     _check_vision(vision, data)
@@ -153,6 +157,11 @@ def geometry(model: Model, data: Data) -> Geometry:
         raise UserError(
             f"config.model.queries.grid {model.queries.grid} is finer than the vision target's patches, "
             f"{target.image_size // target.patch_size} a side."
+        )
+    if model.frames and data.budgets.images > model.frames.count + 1:
+        raise UserError(
+            f"config.data.budgets.images {data.budgets.images} are more than config.model.frames tells apart: make its "
+            f"count {data.budgets.images - 1} at least."
         )
     if not data.aspect_ratios:
         raise UserError("config.data.aspect_ratios is empty: name one at least, such as 1.0 for squares.")
@@ -580,7 +589,8 @@ def _write_item(
     tokens.targets[b, start + learned - 1] = np.array(item.ids)[learned]
     at.token = span.stop
 
-    for frame, picture in zip(item.frames, pictures):
+    for number, (frame, picture) in enumerate(zip(item.frames, pictures)):
+        batch.images.number[b, at.slot] = number
         if picture.pixels is not None:
             batch.images.pixels[b, at.slot] = picture.pixels
         if picture.target is not None:
@@ -660,6 +670,7 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
             pixels(sizes.target_size, sizes.target_size),
             np.zeros((rows, images), bool),
             zeros(images, sizes.query_grid**2),
+            zeros(images),
         ),
         diffusion=Diffusion(
             meta(budgets.context_tokens),

@@ -25,11 +25,11 @@ _DROPS = {
 
 
 class Branches(NamedTuple):
-    """R branches: what each drops, and its weight."""
+    """R branches: what each drops, and its weight. `drop_images` may be None where none does."""
 
     drop_text: np.ndarray  # bool [R]
     drop_visual: np.ndarray  # bool [R]
-    drop_images: np.ndarray  # bool [R]
+    drop_images: np.ndarray | None  # bool [R]
     weight: np.ndarray  # float32 [R], sums to 1
 
 

@@ -26,6 +26,7 @@ from mmcore_jax.nn.stack import stack
 from mmcore_jax.sharding import constrain
 
 SINUSOIDS = 256
+MOST_SUMMED = 4  # slots whose rows a masked sum picks: those of rows of three images
 _ZEROS = nn.initializers.zeros
 
 
@@ -67,6 +68,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None = None,
         memory: Memory | None = None,
+        identity: jax.Array | None = None,
     ) -> jax.Array:
         """Returns float32 `[B, S, P]`.
 
@@ -79,11 +81,13 @@ class MMDiTModel(nn.Module):
           rule: who may attend to whom.
           pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
           memory: more latent tokens to attend to, from `remember`.
+          identity: `[B, S, D]`, is added to the embedded latents.
 
         Raises:
           UserError: if the sizes of the config do not fit each other.
         """
-        return self._run(latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, memory)[0]
+        given = timesteps, slots, latent_meta, context_meta, rule, pooled, memory, identity
+        return self._run(latents, context, *given)[0]
 
     def remember(
         self,
@@ -92,13 +96,14 @@ class MMDiTModel(nn.Module):
         latent_meta: TokenMeta,
         rule: Rule,
         pooled: jax.Array | None = None,
+        identity: jax.Array | None = None,
     ) -> Memory:
         """Runs latents that see no context and no other latents; arguments as above, but with one timestep slot."""
         context = jnp.zeros((latents.shape[0], 0, self.config.context_width))
         context_meta = jax.tree.map(lambda field: field[:, :0], latent_meta)
         slots = Slots(context_meta.frame, jnp.zeros_like(latent_meta.frame))
         blocks = self._run(
-            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, remembers=True
+            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, identity, remembers=True
         )[1]
         return Memory(latent_meta, blocks)
 
@@ -114,6 +119,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None,
         memory: Memory | None,
+        identity: jax.Array | None,
         remembers: bool = False,
     ) -> tuple[jax.Array, dict[str, Remembered | None]]:
         """The prediction, and what each stack of blocks `remembers`."""
@@ -122,6 +128,8 @@ class MMDiTModel(nn.Module):
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
         if "sincos" in c.position:
             x = x + sincos_positions(c, latent_meta).astype(dtype)
+        if identity is not None:
+            x = x + identity
         y = Dense(c.width, (None, "embed"), True, dtype, name="context_embed")(context)
         condition = self._condition(timesteps, pooled, dtype)
 
@@ -273,9 +281,20 @@ class Modulation(nn.Module):
         table = Dense(self.parts * self.width, ("embed", "mlp"), True, self.dtype, _ZEROS, name="dense")(
             jax.nn.silu(condition)
         )
-        if table.shape[1] > 1:  # a masked sum, not a gather, whose gradient would be a slow scatter
-            table = sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
-        return jnp.split(table, self.parts, axis=-1)
+        return jnp.split(_pick(table, slots), self.parts, axis=-1)
+
+
+def _pick(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """The row of `table` `[B, T, D]` for the slot of each token, `[B, L, D]`.
+
+    Not a gather, whose gradient would be a slow scatter. XLA on CPU keeps all terms of the gradient of a masked sum at
+    once: of many slots, memory would be quadratic in the images of a document.
+    """
+    if table.shape[1] == 1:
+        return table
+    if table.shape[1] > MOST_SUMMED:
+        return jnp.matmul(jax.nn.one_hot(slots, table.shape[1], dtype=table.dtype), table, precision="highest")
+    return sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
 
 
 class Embedder(nn.Module):

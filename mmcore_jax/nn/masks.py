@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from mmcore_jax.nn.tokens import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
 __all__ = ["CLEAN", "IMAGE", "NOISED", "PAD", "QUERY", "TEXT", "VISUAL", "TokenMeta"]
-__all__ += ["Rule", "block_causal", "causal", "concatenate", "plain_meta", "same_document", "same_frame", "same_window"]
+__all__ += ["Rule", "alone", "block_causal", "causal", "concatenate", "plain_meta"]
+__all__ += ["same_document", "same_frame", "same_window"]
 
 Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
 
@@ -29,6 +30,16 @@ def concatenate(first: TokenMeta, second: TokenMeta) -> TokenMeta:
     joined = TokenMeta(*(jnp.concatenate(pair, axis=1) for pair in zip(first, second)))
     length = joined.index.shape[1]
     return joined._replace(index=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), joined.index.shape))
+
+
+def alone(meta: TokenMeta, frames: jax.Array) -> TokenMeta:
+    """Metadata in which NOISED, TEXT and VISUAL of the `frames` that are marked, bool `[B, I]`, see no other frame.
+
+    They become a document by themselves, of a negative number; CLEAN of these frames stays where it is, for those that
+    look back at it.
+    """
+    marked = jnp.take_along_axis(frames, meta.frame, axis=1) & (meta.kind != CLEAN)
+    return meta._replace(document=jnp.where(marked, -1 - meta.frame, meta.document))
 
 
 def same_document(q: TokenMeta, k: TokenMeta) -> jax.Array:

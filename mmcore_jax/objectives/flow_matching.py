@@ -25,8 +25,8 @@ def loss(
     timestep_keys, noise_keys, dropout_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     normal = jax.vmap(lambda key: jax.random.normal(key, shape))(timestep_keys)
     t = flow.logit_normal_timesteps(normal, settings)
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (*shape, 3)))(dropout_keys)
-    errors = squared_errors(forward, t, noise_keys, draw_dropout(settings.dropout, draws, step))
+    drop = draw_dropout(settings.dropout, dropout_keys, *shape, step)
+    errors = squared_errors(forward, t, noise_keys, drop)
     if settings.timestep_floor:
         t_tokens = gather_tokens(t, forward.batch.diffusion.latent_meta.frame)
         errors = errors * jnp.square(jnp.minimum(t_tokens / settings.timestep_floor, 1.0))

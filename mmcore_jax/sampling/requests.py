@@ -20,24 +20,27 @@ SHEET = "sheet.png"
 class Job:
     """A picture to draw: the last image of `request`, from the noise of `seed`, into the PNG file `output`.
 
-    `size` is its height and width in pixels; without it, those that follow from the request.
+    `size` is its height and width in pixels; without it, those that follow from the request. `negative` says what it is
+    not to be.
     """
 
     request: Example
     seed: int
     output: pathlib.Path
     size: tuple[int, int] | None = None
+    negative: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A request as a JSON file spells it; without `seed` and `size` it has those of the command line."""
+    """A request as a JSON file spells it; without `seed`, `size` and `negative` it has those of the command line."""
 
     prompt: str
     output: str
     images: tuple[str, ...] = ()
     seed: int | None = None
     size: str | None = None
+    negative: str | None = None
 
 
 def make_request(prompt: str, images: Sequence[pathlib.Path], prompt_name: str, image_name: str) -> Example:
@@ -48,13 +51,24 @@ def make_request(prompt: str, images: Sequence[pathlib.Path], prompt_name: str, 
     Raises:
       UserError: for a prompt that is empty or no text, or an image that cannot be read.
     """
-    if not prompt.strip():
-        raise UserError(f"{prompt_name} is empty: say what to draw.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{prompt_name} is not text: {error}.") from error
+    check_words(prompt, prompt_name, "say what to draw")
     return to_come(prompt, [*(read_image(path, image_name) for path in images), example_lib.text(prompt)])
+
+
+def check_words(words: str, name: str, remedy: str) -> None:
+    """Raises `UserError`, which calls them `name`, for words that are empty or no text."""
+    if not words.strip():
+        raise UserError(f"{name} is empty: {remedy}.")
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not text: {error}.") from error
+
+
+def check_negative(words: str | None, name: str) -> None:
+    """Raises `UserError`, which calls it `name`, for what is no negative prompt; None is none."""
+    if words is not None:
+        check_words(words, name, "say what not to draw, or leave it out")
 
 
 def to_come(name: str, segments: Sequence[Text | Image]) -> Example:
@@ -95,7 +109,8 @@ def read_requests(
         images = [path.parent / name for name in entry.images]
         request = make_request(entry.prompt, images, f"{where}.prompt in {path}", f"{where} in {path}: the image")
         own_size = size if entry.size is None else parse_size(entry.size, f"{where}.size in {path}")
-        jobs[output] = Job(request, own_seed, output, own_size)
+        check_negative(entry.negative, f"{where}.negative in {path}")
+        jobs[output] = Job(request, own_seed, output, own_size, entry.negative)
     return list(jobs.values())
 
 

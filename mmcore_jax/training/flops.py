@@ -42,7 +42,7 @@ _REACHES = {
     "connector": f"{_VLM}|connector/.*",
     "vision_target": "vision_target/.*",
     "conditioning": f"{_VLM}|(connector|conditioning)/.*",
-    "dit": f"{_VLM}|(connector|conditioning|dit)/.*",
+    "dit": f"{_VLM}|(connector|conditioning|frames|dit)/.*",
     "autoencoder": "autoencoder/.*",
 }
 

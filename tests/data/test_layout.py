@@ -155,6 +155,7 @@ def test_beside_a_generated_image_all_parts_see_the_same_square():
 def test_images():
     np.testing.assert_array_equal(ROW.images.pixels[0, :4], PICTURES)
     np.testing.assert_array_equal(ROW.images.generated[0], [False, True, True, True, False, False])
+    np.testing.assert_array_equal(ROW.images.number[0], [0, 1, 2, 0, 0, 0])
     kinds, frames = ROW.tokens.meta.kind[0], ROW.tokens.meta.frame[0]
     for slot in (1, 2, 3):
         where = ROW.images.queries[0, slot]

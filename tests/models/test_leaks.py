@@ -106,7 +106,8 @@ def test_images_reach_only_what_follows_them(vlm):
     )
 
 
-def found_in_mmdit(rule, execution):
+def found_in_mmdit(rule, execution, may_see=may_see_diffusion, mark=lambda meta: meta):
+    """Leaks, where the network gets metadata that `mark` has changed; `may_see` is of what they were."""
     model, part = MMDiTModel(DIT, execution), ROW.diffusion
     context_length = part.context_meta.kind.shape[1]
     noised = part.latent_meta.kind == NOISED
@@ -116,12 +117,12 @@ def found_in_mmdit(rule, execution):
 
     def arguments(x):
         context, latents = x[None, :context_length], x[None, context_length:]
-        return latents, context, timesteps, slots, part.latent_meta, part.context_meta, rule
+        return latents, context, timesteps, slots, mark(part.latent_meta), mark(part.context_meta), rule
 
     meta = masks.concatenate(part.context_meta, part.latent_meta)
     x = jax.random.normal(jax.random.key(7), (meta.kind.shape[1], 12))
     parameters = random(jax.eval_shape(lambda key: model.init(key, *arguments(x)), jax.random.key(0)))
-    visible = visibility(may_see_diffusion, part.latent_meta, meta)
+    visible = visibility(may_see, part.latent_meta, meta)
     read = np.asarray(part.latent_meta.kind[0] != PAD)
     return leaks(lambda x: model.apply(parameters, *arguments(x))[0], x, visible, read)
 
@@ -129,6 +130,29 @@ def found_in_mmdit(rule, execution):
 def test_mmdit(execution):
     assert {CLEAN, NOISED, PAD} == set(np.unique(ROW.diffusion.latent_meta.kind))
     assert found_in_mmdit(masks.block_causal, execution) == []
+
+
+# A generated frame of the first document and the one of the second lose their condition images; frame 1 keeps its own.
+ALONE = np.isin(np.arange(rows.BUDGETS.images), (2, 3))[None]
+
+
+def may_see_when_alone(q, k):
+    return may_see_diffusion(q, k) and not (ALONE[0, q.frame] and q.kind != CLEAN and k.kind == CLEAN)
+
+
+def test_frames_without_their_condition_images(execution):
+    assert found_in_mmdit(masks.block_causal, execution, may_see_when_alone, lambda m: masks.alone(m, ALONE)) == []
+
+
+def hidden_history(meta):
+    """As if what is dropped were the tokens themselves: other frames, and CLEAN ones, would lose them too."""
+    return meta._replace(kind=jnp.where((meta.kind == CLEAN) & (meta.document == 0), PAD, meta.kind))
+
+
+@pytest.mark.parametrize("mark", [lambda meta: meta, hidden_history])
+def test_condition_images_that_are_not_dropped_right_are_caught(mark):
+    execution = config.Execution("float32", "float32", "dense", True, "none")
+    assert found_in_mmdit(masks.block_causal, execution, may_see_when_alone, mark)
 
 
 def test_mmdit_with_visible_history_is_caught():

@@ -27,12 +27,13 @@ def read(tmp_path):
 def test_what_they_mean(read, tmp_path):
     listed = [
         {"prompt": "x", "output": "x.png"},
-        {"prompt": "y", "images": ["a.png"], "output": "y.PNG", "seed": 0, "size": "8x24"},
+        {"prompt": "y", "images": ["a.png"], "output": "y.PNG", "seed": 0, "size": "8x24", "negative": "z"},
     ]
     first, second = read(listed)
     assert (first.seed, first.output) == (5, tmp_path / "out/x.png")
     assert (second.seed, second.output) == (0, tmp_path / "out/y.PNG")
     assert (first.size, second.size) == (None, (8, 24))
+    assert (first.negative, second.negative) == (None, "z")
     assert requests.images_of(first.request) == []
     assert requests.images_of(second.request) == [rows.png(1)]
     assert [segment["type"] for segment in second.request["segments"]] == ["image", "text", "image"]
@@ -54,6 +55,7 @@ X = {"prompt": "x", "output": "x.png"}
         ([X | {"prompt": 1}], r"requests\[0\].prompt in .* is 1 of type int, expected str"),
         ([X | {"prompt": " "}], r"requests\[0\].prompt in .* is empty"),
         ([X | {"prompt": "\ud800"}], r"requests\[0\].prompt in .* is not text"),
+        ([X | {"negative": ""}], r"requests\[0\].negative in .* is empty"),
         ([X | {"images": "a.png"}], r"requests\[0\].images in .* is 'a.png' of type str"),
         ([X | {"images": [1]}], r"requests\[0\].images\[0\] in .* is 1 of type int"),
         ([X | {"images": ["b.png"]}], r"requests\[0\] in .*: the image .*b.png cannot be read: No such file"),
