@@ -29,12 +29,6 @@ def start(stage: str, data: pathlib.Path, workdir: pathlib.Path) -> subprocess.P
     return subprocess.Popen(command, cwd=tiny.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def logged(workdir: pathlib.Path) -> list[dict]:
-    """The metrics that are a function of the run alone."""
-    measured = ("examples_per_second", "step_seconds")
-    return [{k: v for k, v in record.items() if k not in measured} for record in read_metrics(workdir)]
-
-
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
     while process.poll() is None and (not (records := read_metrics(workdir)) or records[-1]["step"] < step):
         time.sleep(0.01)
@@ -45,7 +39,7 @@ def test_killed_runs_end_equal(stage: str, data, tmp_path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(stage, data, whole)
     assert process.wait() == 0, process.stderr.read()
-    assert [record["step"] for record in logged(whole)] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in tiny.logged(whole)] == list(range(1, STEPS + 1))
 
     chance = random.Random(f"{stage} {os.getpid()}")
     moments = sorted(chance.randrange(1, STEPS - 10) for _ in range(KILLS))
@@ -57,7 +51,7 @@ def test_killed_runs_end_equal(stage: str, data, tmp_path) -> None:
         assert process.wait() == -signal.SIGKILL, f"ended by itself before step {moment}: {process.stderr.read()}"
     process = start(stage, data, killed)
     assert process.wait() == 0, process.stderr.read()
-    assert logged(killed) == logged(whole), f"killed after steps {moments}"
+    assert tiny.logged(killed) == tiny.logged(whole), f"killed after steps {moments}"
 
 
 def test_sigterm_saves_and_exits_zero(data, tmp_path) -> None:
