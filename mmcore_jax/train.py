@@ -100,7 +100,7 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
     # --- Data ---------------------------------------------------------------------------------------------------------
     start = Position.from_json(seen["position"]) if seen else None
     weights = precompute(config, model, plan, frozen, mesh, progress)
-    skipped = watch.skipped(first)
+    skipped = watch.begin(first)
     whole = dataclasses.replace(config, total_steps=config.total_steps + skipped)
     batches = Batches(whole, jax.process_index(), jax.process_count(), start, weights)
     ledger = Ledger(config, jax.process_count(), seen.get("ledger"))

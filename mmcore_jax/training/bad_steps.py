@@ -90,9 +90,16 @@ class Watch:
         self._rollbacks = json.loads(self._path.read_text()) if self._path.exists() else []
         self.in_a_row = 0  # bad steps up to the last that was noted
 
-    def skipped(self, step: int) -> int:
-        """How many batches more than `step` lie before the one that the step after `step` takes."""
-        return next((jump["batch"] - jump["to"] for jump in reversed(self._rollbacks) if jump["to"] <= step), 0)
+    @property
+    def skipped(self) -> int:
+        """By how many batches the data is ahead of the steps."""
+        return self._rollbacks[-1]["batch"] - self._rollbacks[-1]["to"] if self._rollbacks else 0
+
+    def begin(self, step: int) -> int:
+        """Begins at the checkpoint of a step, and forgets jumps after it; returns `skipped`."""
+        if any(jump["to"] > step for jump in self._rollbacks):
+            self._write([jump for jump in self._rollbacks if jump["to"] <= step])
+        return self.skipped
 
     def health(self, step: int, record: dict[str, Any] | None) -> Health:
         """That of a checkpoint, without the bad steps for which the run came back to it."""
@@ -111,7 +118,7 @@ class Watch:
         if not self.in_a_row:
             return False
         values = {name: repr(value) for name, value in metrics.items() if not name.startswith("bad_steps/")}
-        where = {"step": step, "batch": step - 1 + self.skipped(step - 1), "process": jax.process_index()}
+        where = {"step": step, "batch": step - 1 + self.skipped, "process": jax.process_index()}
         with self._log.open("a") as file:
             file.write(json.dumps(where | {"ids": batch.ids, "metrics": values}) + "\n")
         shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in _NAMES)
@@ -133,12 +140,15 @@ class Watch:
                 f"in {self._log}: mend the data, lower config.optimizer.learning_rate, or raise "
                 "config.bad_steps.deviations."
             )
-        self._rollbacks.append({"to": checkpoint, "from": step, "batch": step + self.skipped(step)})
+        self._write([*self._rollbacks, {"to": checkpoint, "from": step, "batch": step + self.skipped}])
+        raise RolledBack(f"rolling back from step {step} to step {checkpoint}, and jumping over the batches between")
+
+    def _write(self, rollbacks: list[dict[str, int]]) -> None:
+        self._rollbacks = rollbacks
         if jax.process_index() == 0:
             temporary = self._path.with_suffix(".tmp")
             with temporary.open("w") as file:
-                json.dump(self._rollbacks, file, indent=1)
+                json.dump(rollbacks, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._path)
-        raise RolledBack(f"rolling back from step {step} to step {checkpoint}, and jumping over the batches between")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import resource
 import signal
@@ -14,7 +15,7 @@ import pytest
 from mmcore_jax import train
 from mmcore_jax.config import BadSteps, UserError
 from mmcore_jax.data.pipeline import Batches
-from mmcore_jax.training import bad_steps, step
+from mmcore_jax.training import bad_steps
 from mmcore_jax.training.checkpoint import Checkpoints
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
@@ -132,6 +133,18 @@ def test_another_mixture_begins_another_range(data, tmp_path) -> None:
     assert not after.variance.any()
 
 
+def test_jumps_after_the_checkpoint_that_a_run_begins_at_are_forgotten(data, tmp_path) -> None:
+    """As when the newest checkpoint is damaged, or all are deleted."""
+    config = tiny.config("stage2", data)
+    for step, to in ((20, 10), (28, 10), (50, 40)):
+        with pytest.raises(bad_steps.RolledBack):
+            bad_steps.Watch(tmp_path, config).roll_back(step, to)
+    assert bad_steps.Watch(tmp_path, config).begin(40) == 38  # 50 + 28 - 40
+    assert bad_steps.Watch(tmp_path, config).begin(30) == 28
+    assert bad_steps.Watch(tmp_path, config).begin(40) == 28
+    assert bad_steps.Watch(tmp_path, config).begin(0) == 0
+
+
 def test_a_record_of_health_is_exact() -> None:
     _, health = judged(*usual(3))
     assert same(jax.tree.leaves(health), jax.tree.leaves(bad_steps.health(json.loads(json.dumps(health.record())))))
@@ -140,13 +153,24 @@ def test_a_record_of_health_is_exact() -> None:
 # --- In runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_bad_nothing_changed(data, tmp_path, monkeypatch) -> None:
+def with_and_without(directory: str) -> list[list]:
+    """What a run of stage 0 logs, compiled as for users, with the judgement and without."""
+    os.environ["XLA_FLAGS"] = ""
+    jax.config.update("jax_disable_most_optimizations", False)
+    places = pathlib.Path(directory)
+    config = tiny.config("stage0", tiny.write_dataset(places / "data"), "--config.total_steps=10")
+    train.train(config, places / "with")
+    bad_steps.judge = lambda settings, before, metrics: (True, before)
+    train.train(config, places / "without")
+    return [tiny.logged(places / name) for name in ("with", "without")]
+
+
+def test_nothing_bad_nothing_changed(tmp_path) -> None:
     """The same numbers, bit by bit, as of a step that judges nothing."""
-    train.train(configured(data), tmp_path / "with")
-    monkeypatch.setattr(step.bad_steps, "judge", lambda settings, before, metrics: (True, before))
-    train.train(configured(data), tmp_path / "without")
-    assert tiny.logged(tmp_path / "with") == tiny.logged(tmp_path / "without")
-    assert same(arrays(tmp_path / "with", 12), arrays(tmp_path / "without", 12))
+    judged, unjudged = tiny.call(with_and_without, str(tmp_path), devices=1)
+    assert len(judged) == 10
+    assert judged == unjudged
+    assert same(arrays(tmp_path / "with", 10), arrays(tmp_path / "without", 10))
     assert not (tmp_path / "with/bad_steps.jsonl").exists()
 
 
@@ -170,7 +194,7 @@ def test_rollback(data, tmp_path, poison, monkeypatch) -> None:
 
     def noted(self, step, metrics, batch):
         taken[step] = batch.ids
-        if kills and step == kills[0] and self.skipped(step):
+        if step in kills and self.skipped:
             raise KeyboardInterrupt
         return note(self, step, metrics, batch)
 
@@ -184,11 +208,10 @@ def test_rollback(data, tmp_path, poison, monkeypatch) -> None:
     account = json.loads((tmp_path / "whole/goodput.json").read_text())["seconds"]
     assert account["lost"] > 0
 
-    kills += [6, 10]
-    while kills:
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config, tmp_path / "killed")
-        del kills[0]
+    kills.append(6)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "killed")
+    kills.clear()
     train.train(config, tmp_path / "killed")
     assert json.loads((tmp_path / "killed/rollbacks.json").read_text()) == jumps
     assert tiny.logged(tmp_path / "killed") == tiny.logged(tmp_path / "whole")
@@ -206,21 +229,22 @@ def test_too_many_rollbacks_stop(data, tmp_path, poison) -> None:
 
 def test_a_full_disk_stops_with_one_sentence(data, tmp_path, monkeypatch) -> None:
     """The disk takes no large file any more while the second checkpoint is written: the first one is whole."""
-    save, limits = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits, saved = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def saved(self, state, constants, step, data):
+    def fill(self, state, constants, step, data):
         if step == 8:
+            self.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        saved.append(jax.tree.leaves(jax.device_get((state.params, state.opt_state, state.ema))))
         save(self, state, constants, step, data)
 
-    train.train(configured(data), tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", saved)
+        patched.setattr(Checkpoints, "save", fill)
         try:
-            with pytest.raises(UserError, match=r"no room.*checkpoint"):
-                train.train(configured(data), tmp_path / "run")
+            with pytest.raises(UserError, match=r"no room for a checkpoint .*the run stops"):
+                train.train(configured(data), tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert same(arrays(tmp_path / "run", 4), arrays(tmp_path / "whole", 4))
-    train.train(configured(data), tmp_path / "run")
-    assert tiny.logged(tmp_path / "run") == tiny.logged(tmp_path / "whole")
+    assert same(arrays(tmp_path, 4), saved[0])
+    train.train(configured(data), tmp_path)
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 13))
