@@ -49,7 +49,6 @@ setup(
         "msgpack>=1.1",
         "numpy>=2.0",
         "pillow>=11.3",
-        "psutil>=6.0",
         "pyarrow>=18.0",
         "simplejpeg>=1.9",  # Pillow decodes damaged JPEG files to grey areas in silence; this one tells
         "tensorboardX>=2.6.4",
