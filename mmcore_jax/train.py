@@ -165,7 +165,8 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
             settle(LAG)
             if gauges.due(step):
                 gauge(step)
-            ending = step == config.total_steps or stop.requested
+            stopping = stop.requested
+            ending = stopping or step == config.total_steps
             if ending or step % config.checkpoint.every == 0:
                 settle(0)
             if ending or (step % config.checkpoint.every == 0 and not watch.in_a_row):
@@ -173,7 +174,7 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
                     seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
                     seen |= {"health": state.health.record(), "useful_seconds": goodput.seconds["useful"]}
                     checkpoints.save(state, constants, step, seen)
-            if stop.requested:
+            if stopping:
                 break
             if pictures and (step % config.telemetry.sample_every == 0 or step == config.total_steps):
                 with goodput.spent_on("evaluation"):

@@ -227,6 +227,7 @@ def test_too_many_rollbacks_stop(data, tmp_path, poison) -> None:
     assert len((tmp_path / "bad_steps.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax, for each array
 def test_a_full_disk_stops_with_one_sentence(data, tmp_path, monkeypatch) -> None:
     """The disk takes no large file any more while the second checkpoint is written: the first one is whole."""
     save, limits, saved = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE), []
