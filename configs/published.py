@@ -136,7 +136,17 @@ def mesh() -> ConfigDict:
 
 
 def execution() -> ConfigDict:
-    """bfloat16 products, one compiled layer a stack, everything in it computed again in the backward pass."""
+    """bfloat16 products, one compiled layer a stack, everything in it computed again in the backward pass.
+
+    What compiles for minutes is kept for a restart.
+    """
     return ConfigDict(
-        dict(compute_dtype="bfloat16", frozen_dtype="bfloat16", attention="blockwise", scan_layers=True, remat="full")
+        dict(
+            compute_dtype="bfloat16",
+            frozen_dtype="bfloat16",
+            attention="blockwise",
+            scan_layers=True,
+            remat="full",
+            compilation_cache="compiled",
+        )
     )

@@ -517,6 +517,33 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class BadSteps:
+    """Which steps change nothing, and when the run goes back: see `training/bad_steps.py`.
+
+    Bad is what is not finite and, once `warmup` steps were good, a loss or gradient norm of which the logarithm is more
+    than `deviations` standard deviations above its mean, both over about `window` steps. After `in_a_row` bad steps the
+    run goes back to its last checkpoint, up to `rollbacks` times to the same one.
+    """
+
+    window: Count = 128
+    warmup: Count = 64
+    deviations: NotNegative = 6.0
+    in_a_row: Count = 10
+    rollbacks: Index = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchdog:
+    """A run that hangs ends: after `minutes` without a step (0: never), or, in anything else, after `patience` minutes.
+
+    Anything else is compiling, measuring, drawing or saving.
+    """
+
+    minutes: NotNegative = 10.0
+    patience: NotNegative = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampling:
     """How pictures are made: `steps` of the solver, whose timesteps `timestep_shift` moves towards noise.
 
@@ -576,7 +603,8 @@ class Execution:
     """How the program runs.
 
     Matrix products run in `compute_dtype`, frozen parameters are kept in `frozen_dtype`; `scan_layers` compiles one
-    layer and loops over it, `remat` names what the backward pass recomputes.
+    layer and loops over it, `remat` names what the backward pass recomputes. Compiled programs are kept for the next
+    start in the directory `compilation_cache`, in the workdir unless it is absolute.
     """
 
     compute_dtype: Literal["float32", "bfloat16"]
@@ -584,6 +612,7 @@ class Execution:
     attention: Literal["dense", "blockwise"]
     scan_layers: bool
     remat: Literal["none", "dots", "full"]
+    compilation_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -607,6 +636,8 @@ class Config:
     mesh: Mesh
     execution: Execution
     gauges: Gauges | None = None
+    bad_steps: BadSteps = BadSteps()
+    watchdog: Watchdog = Watchdog()
 
     def to_json(self) -> str:
         """Returns the config as indented JSON; `from_json` reads it back."""
@@ -626,6 +657,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} does not exist (looked in {pathlib.Path.cwd()}).")
     settings = _run(file, recipe or DEFAULT_RECIPE)
+    _fill(settings, Config)
     for override in overrides:
         _apply_override(settings, override, file)
     return _convert(Config, settings.to_dict(), "config", file)
@@ -660,6 +692,17 @@ def _run(file: str, recipe: str) -> ml_collections.ConfigDict:
     if recipe not in recipes:
         raise UserError(f"{file} has no recipe {recipe!r}{_nearest(recipe, recipes)}; it has {', '.join(recipes)}.")
     return module["get_config"](recipe)
+
+
+def _fill(settings: ml_collections.ConfigDict, expected: Any) -> None:
+    """Writes the defaults that a recipe leaves out into its settings, so that overrides find them."""
+    for field in dataclasses.fields(expected):
+        if field.name not in settings and field.default is not dataclasses.MISSING:
+            default = field.default
+            is_nested = dataclasses.is_dataclass(default)
+            settings[field.name] = ml_collections.ConfigDict(dataclasses.asdict(default)) if is_nested else default
+        elif dataclasses.is_dataclass(field.type) and isinstance(settings.get(field.name), ml_collections.ConfigDict):
+            _fill(settings[field.name], field.type)
 
 
 def _apply_override(settings: ml_collections.ConfigDict, override: str, file: str) -> None:

@@ -9,10 +9,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import gc
 import itertools
-import json
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -33,13 +34,18 @@ from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
+from mmcore_jax.training import bad_steps
 from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
+from mmcore_jax.training.compilation import keep_programs
+from mmcore_jax.training.disk import needing_room
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
+from mmcore_jax.training.goodput import Goodput
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, compiled_step, make_encode, make_step
 from mmcore_jax.training.telemetry import Telemetry
+from mmcore_jax.training.watchdog import watching
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
 LAG = 2
@@ -57,13 +63,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(config: Config, workdir: pathlib.Path) -> int:
-    """Trains until `config.total_steps` or SIGTERM; returns the exit code."""
-    stop = StopSignal()
+    """Trains until `config.total_steps` or SIGTERM; returns the exit code. A run that rolls back starts once more."""
+    stop, goodput, watch = StopSignal(), Goodput(workdir), bad_steps.Watch(workdir, config)
+    while True:
+        try:
+            with needing_room(workdir):
+                return run(config, workdir, stop, goodput, watch)
+        except bad_steps.RolledBack as rollback:
+            print(f"{workdir}: {rollback}.", file=sys.stderr, flush=True)
+        gc.collect()  # the arrays of the last start, before those of the next
 
+
+def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Goodput, watch: bad_steps.Watch) -> int:
+    """One start of a run, from its checkpoint to its end; raises `RolledBack` if it is to start again."""
     # --- Devices and workdir ------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulation, mesh)
     claim(workdir, config)
+    keep_programs(config.execution.compilation_cache, workdir)
     checkpoints = Checkpoints(workdir, config)
     if (checkpoints.latest_step or 0) >= config.total_steps:
         print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
@@ -74,6 +91,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     # --- Model: what config.init names --------------------------------------------------------------------------------
     first, seen = checkpoints.latest_step or 0, checkpoints.data()
+    goodput.resume(seen.get("useful_seconds", 0.0))
     model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
     plan = make_plan(config, model, mesh, example)
     params = initial_params(config, model, plan, example, plan.frozen if seen else list(plan.shapes))
@@ -82,7 +100,9 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     # --- Data ---------------------------------------------------------------------------------------------------------
     start = Position.from_json(seen["position"]) if seen else None
     weights = precompute(config, model, plan, frozen, mesh, progress)
-    batches = Batches(config, jax.process_index(), jax.process_count(), start, weights)
+    skipped = watch.begin(first)
+    whole = dataclasses.replace(config, total_steps=config.total_steps + skipped)
+    batches = Batches(whole, jax.process_index(), jax.process_count(), start, weights)
     ledger = Ledger(config, jax.process_count(), seen.get("ledger"))
     gauges = Gauges(config, model, plan, mesh, batches.tokenizer, seen.get("gauges"))
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
@@ -96,12 +116,14 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
     else:
         state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
+        health = watch.health(first, seen.get("health"))
+        state = state._replace(health=jax.device_put(health, sharding.replicated(mesh)))
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
     encode, step_function = make_encode(config, model, plan), compiled_step(make_step(config, model, plan))
     telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
-    clock = Clock(first, step_flops(config, plan, batches[first].arrays)["total"])
+    clock = Clock(first, step_flops(config, plan, batches[first + skipped].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
     pictures = Pictures(workdir, config, model, batches) if config.telemetry.sample_every else None
 
@@ -110,42 +132,57 @@ def train(config: Config, workdir: pathlib.Path) -> int:
         while len(pending) > keep:
             done = pending.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
-            check_finite(workdir, done, metrics)
+            if watch.note(done.step, metrics, done.batch):
+                checkpoints.wait()
+                watch.roll_back(done.step, checkpoints.latest_step or 0)
             ledger.add(done.batch)
             clock.examples += done.examples
             telemetry.advance()
             if done.step % config.telemetry.log_every == 0 or done.step == config.total_steps:
-                telemetry.log(done.step, metrics | ledger.metrics(), **clock.rates(done.step))
+                telemetry.log(done.step, metrics | ledger.metrics(), **clock.rates(done.step), **goodput.record())
+
+    def busy() -> bool:
+        """Whether the last step is still being worked on."""
+        return bool(pending) and not pending[-1].metrics["loss"].is_ready()
 
     def gauge(step: int) -> None:
         """Logs the held-out measures, in a time that counts for no step."""
         settle(0)
-        with clock.paused():
+        with clock.paused(), goodput.spent_on("evaluation"):
             telemetry.record(step, gauges(join(state.ema or state.params, constants)))
 
-    with jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"), contextlib.closing(telemetry), watching(workdir, config.watchdog, goodput):
         if gauges.starting:
             gauge(first)
-        for step, batch in enumerate(batches.iterate(first), start=first + 1):
-            arrays = sharding.shard_batch(batch.arrays, mesh)
-            arrays = encode(constants, arrays) if encode else arrays
-            state, metrics = step_function(state, constants, arrays)
+        goodput.enter("useful")
+        for step, batch in enumerate(goodput.batches(batches.iterate(first + skipped), busy), start=first + 1):
+            with goodput.spent_on("useful" if step > first + 1 else "compile"):
+                arrays = sharding.shard_batch(batch.arrays, mesh)
+                arrays = encode(constants, arrays) if encode else arrays
+                state = state._replace(health=watch.renew(step - 1 + skipped, state.health))
+                state, metrics = step_function(state, constants, arrays)
             pending.append(Pending(step, metrics, batch._replace(arrays=None)))
             settle(LAG)
             if gauges.due(step):
                 gauge(step)
-            saving = step % config.checkpoint.every == 0 or step == config.total_steps or stop.requested
-            if saving:
+            stopping = stop.requested
+            ending = stopping or step == config.total_steps
+            if ending or step % config.checkpoint.every == 0:
                 settle(0)
-                seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
-                checkpoints.save(state, constants, step, seen)
-            if stop.requested:
+            if ending or (step % config.checkpoint.every == 0 and not watch.in_a_row):
+                with goodput.spent_on("checkpoint"):
+                    seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
+                    seen |= {"health": state.health.record(), "useful_seconds": goodput.seconds["useful"]}
+                    checkpoints.save(state, constants, step, seen)
+            if stopping:
                 break
             if pictures and (step % config.telemetry.sample_every == 0 or step == config.total_steps):
-                pictures.draw(step, join(state.ema or state.params, constants))
+                with goodput.spent_on("evaluation"):
+                    pictures.draw(step, join(state.ema or state.params, constants))
+        goodput.enter("checkpoint")
+        checkpoints.wait()
+        goodput.record()
 
-    checkpoints.wait()
-    telemetry.close()
     for line in ledger.lines():
         print(line)
     ending = "done" if step == config.total_steps else "stopped by SIGTERM and saved"
@@ -278,23 +315,6 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}.") from error
-
-
-def check_finite(workdir: pathlib.Path, done: Pending, metrics: dict[str, float]) -> None:
-    """Stops the run at the first loss or gradient that is not finite; the last checkpoint stays as it is."""
-    broken = [name for name, value in metrics.items() if not np.isfinite(value)]
-    if not broken:
-        return
-    path = workdir / f"nonfinite_step_{done.step}.json"
-    path.write_text(
-        json.dumps(
-            {"step": done.step, "metrics": {k: repr(v) for k, v in metrics.items()}, "ids": done.batch.ids}, indent=1
-        )
-    )
-    raise UserError(
-        f"{broken[0]} is {metrics[broken[0]]} at step {done.step}: the run stops, its last checkpoint is intact, "
-        f"and the ids of the batch are in {path}."
-    )
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ STAGE0 = "--config=configs/stage0.py"
             [STAGE0, "--config.optimizer.learning_rat=1"],
             ["config.optimizer.learning_rat", "did you mean 'learning_rate'"],
         ),
+        ([STAGE0, "--config.bad_steps.deviation=3"], ["config.bad_steps.deviation", "did you mean 'deviations'"]),
         ([STAGE0, "--config.sed=1"], ["config.sed", "did you mean 'seed'"]),
         ([STAGE0, "--config.total_steps=many"], ["config.total_steps", "'many'", "expected int"]),
         ([STAGE0, "--config.batch_size=1.5"], ["config.batch_size", "1.5", "expected int"]),
@@ -147,12 +148,10 @@ def test_workdir_of_another_run(data, tmp_path, enter) -> None:
 
 def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data), "--config.optimizer.warmup_steps=1"]
-    result = enter(
-        train.main, STAGE0, *arguments, "--config.optimizer.learning_rate=1e30", "--config.checkpoint.every=1"
-    )
-    check(result, "step", "nonfinite_step_")
-    (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
-    assert "text_to_image/" in record.read_text()
+    arguments += ["--config.checkpoint.every=1", "--config.bad_steps.in_a_row=2", "--config.bad_steps.rollbacks=0"]
+    result = enter(train.main, STAGE0, *arguments, "--config.optimizer.learning_rate=1e30")
+    check(result, "2 bad steps in a row", "bad_steps.jsonl")
+    assert "text_to_image/" in (tmp_path / "run/bad_steps.jsonl").read_text()
 
 
 def test_another_tokenizer_is_noticed(enter, tmp_path) -> None:

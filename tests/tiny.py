@@ -28,6 +28,7 @@ from mmcore_jax.data.text import keep_tokenizer, train_tokenizer
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.training.checkpoint import Checkpoints
 from mmcore_jax.training.state import Constants, State
+from mmcore_jax.training.telemetry import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
@@ -151,6 +152,12 @@ def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     (workdir / "config.json").write_text(config.to_json())
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
     return workdir
+
+
+def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The logged metrics that are a function of the run alone."""
+    measured = ("examples_per_second", "step_seconds", "goodput/")
+    return [{k: v for k, v in record.items() if not k.startswith(measured)} for record in read_metrics(workdir)]
 
 
 # PyTorch takes seconds to import, and whoever finds it installed imports it; users of ours need not have it.

@@ -16,17 +16,19 @@ from jax.sharding import Mesh, NamedSharding
 from mmcore_jax import sharding
 from mmcore_jax.config import Config
 from mmcore_jax.mmcore import MMCORE, Params
+from mmcore_jax.training import bad_steps
 from mmcore_jax.training import optimizer as optimizer_lib
 from mmcore_jax.training.optimizer import Flat
 
 
 class State(NamedTuple):
-    """What a step changes. `ema` is empty where `ema_decay` is 0."""
+    """What a step changes. `ema` is empty where `ema_decay` is 0; `health` is what bad steps are known by."""
 
     step: jax.Array
     params: Flat
     opt_state: Any
     ema: Flat
+    health: Any = ()
 
 
 class Constants(NamedTuple):
@@ -111,7 +113,8 @@ def abstract_state(config: Config, plan: Plan, mesh: Mesh) -> State:
 
     opt_state = jax.tree_util.tree_map_with_path(place, shapes)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return State(step, params, opt_state, dict(params) if config.optimizer.ema_decay else {})
+    health = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), bad_steps.health())
+    return State(step, params, opt_state, dict(params) if config.optimizer.ema_decay else {}, health)
 
 
 def create_state(config: Config, plan: Plan, mesh: Mesh, params: Flat) -> State:
@@ -121,7 +124,8 @@ def create_state(config: Config, plan: Plan, mesh: Mesh, params: Flat) -> State:
 
     def create(params: Flat) -> State:
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
-        return State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), plan.optimizer.init(params), ema)
+        params, opt_state = jax.tree.map(jnp.copy, params), plan.optimizer.init(params)
+        return State(jnp.zeros((), jnp.int32), params, opt_state, ema, bad_steps.health())
 
     return jax.jit(create, out_shardings=shardings)(params)
 

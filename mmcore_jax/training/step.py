@@ -16,6 +16,7 @@ from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.mmcore import MMCORE, Forward
 from mmcore_jax.objectives import OBJECTIVES
 from mmcore_jax.sharding import constrain
+from mmcore_jax.training import bad_steps
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join
 
@@ -52,7 +53,11 @@ def make_step(config: Config, model: MMCORE, plan: Plan) -> Callable[[State, Con
         params = optax.apply_updates(state.params, updates)
         ema = _update_ema(config, state, params)
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        return State(state.step + 1, params, opt_state, ema), metrics
+        good, health = bad_steps.judge(config.bad_steps, state.health, metrics)
+        before = state.params, state.opt_state, state.ema
+        after = bad_steps.choose(good, (params, opt_state, ema), before)
+        metrics |= {"bad_steps/total": health.bad, "bad_steps/in_a_row": health.in_a_row}
+        return State(state.step + 1, *after, health), metrics
 
     return step
 

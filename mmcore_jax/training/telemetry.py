@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, JSON lines, and TensorBoard."""
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -42,8 +43,9 @@ class Telemetry:
             self._print(step, metrics)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes metrics of a step, and shows none."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Writes metrics of a step, and shows none. JSON has null for what is not finite."""
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 

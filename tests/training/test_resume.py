@@ -27,12 +27,6 @@ def said(workdir: pathlib.Path) -> str:
     return workdir.with_suffix(".log").read_text()
 
 
-def logged(workdir: pathlib.Path) -> list[dict]:
-    """The metrics that are a function of the run alone."""
-    measured = ("examples_per_second", "step_seconds")
-    return [{k: v for k, v in record.items() if k not in measured} for record in read_metrics(workdir)]
-
-
 def wait_for_step(process: BaseProcess, workdir: pathlib.Path, step: int) -> None:
     while process.is_alive() and (not (records := read_metrics(workdir)) or records[-1]["step"] < step):
         time.sleep(0.01)
@@ -43,7 +37,7 @@ def test_killed_runs_end_equal(stage: str, data, tmp_path) -> None:
     """Other processes are killed; this one begins and ends."""
     config = tiny.config(stage, data, *SETTINGS)
     whole, killed = tiny.train(config, tmp_path / "whole"), tmp_path / "killed"
-    assert [record["step"] for record in logged(whole)] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in tiny.logged(whole)] == list(range(1, STEPS + 1))
 
     chance = random.Random(f"{stage} {os.getpid()}")
     moments = sorted(chance.randrange(1, STEPS - 10) for _ in range(KILLS))
@@ -55,7 +49,7 @@ def test_killed_runs_end_equal(stage: str, data, tmp_path) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"ended by itself before step {moment}: {said(killed)}"
     tiny.train(config, killed)
-    assert logged(killed) == logged(whole), f"killed after steps {moments}"
+    assert tiny.logged(killed) == tiny.logged(whole), f"killed after steps {moments}"
 
 
 def test_sigterm_saves_and_exits_zero(data, tmp_path) -> None:
