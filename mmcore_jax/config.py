@@ -497,11 +497,23 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Saved every `every` steps; the last `keep` stay, and each at a multiple of `keep_period` (0: none)."""
+    """Saved every `every` steps; the last `keep` stay, and each at a multiple of `keep_period` (0: none).
 
-    every: int
-    keep: int
-    keep_period: int
+    Those saved every `local_every` steps (0: none) go into the directory `local`, on a disk of each host; two stay.
+    """
+
+    every: Count
+    keep: Count
+    keep_period: Index
+    local_every: Index = 0
+    local: str = ""
+
+    def __post_init__(self) -> None:
+        if self.local_every and not self.local:
+            raise UserError(
+                f"config.checkpoint.local_every is {self.local_every}, but config.checkpoint.local names no directory: "
+                "give it one on a disk of each host."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

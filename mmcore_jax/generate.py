@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
@@ -106,7 +107,7 @@ class Generator:
             chosen = [min(first + offset, len(items) - 1) for offset in range(batch_size)]
             batch = layout.assemble([[(items[i], pictures[i])] for i in chosen], first, budgets, sizes)
             outputs = self._denoise(params, *split(batch), branches, keys[np.array(chosen)], timesteps, settings)
-            images.append(np.asarray(outputs)[: len(items) - first])
+            images.append(process_allgather(outputs, tiled=True)[: len(items) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
 
