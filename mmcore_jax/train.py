@@ -50,14 +50,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.train", description=__doc__.split("\n")[0])
     config_lib.add_arguments(parser)
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STAGE-RECIPE")
+    parser.add_argument("--stopped_code", type=int, default=0, help="exit code of a run that SIGTERM has stopped")
     arguments, overrides = parser.parse_known_args(argv)
     config = config_lib.load(arguments.config, overrides)
     processes.start()
-    return train(config, arguments.workdir or pathlib.Path("runs") / f"{config.stage}-{config.recipe}")
+    workdir = arguments.workdir or pathlib.Path("runs") / f"{config.stage}-{config.recipe}"
+    return 0 if train(config, workdir) else arguments.stopped_code
 
 
-def train(config: Config, workdir: pathlib.Path) -> int:
-    """Trains until `config.total_steps` or SIGTERM; returns the exit code."""
+def train(config: Config, workdir: pathlib.Path) -> bool:
+    """Trains until `config.total_steps`, or SIGTERM; returns whether the run is done."""
     stop = processes.StopSignal()
 
     # --- Devices and workdir ------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def train(config: Config, workdir: pathlib.Path) -> int:
     checkpoints = Checkpoints(workdir, config)
     if (checkpoints.latest_step or 0) >= config.total_steps:
         print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
-        return 0
+        return True
     fresh = checkpoints.latest_step is None
     if fresh:
         check_sources(config)
@@ -156,10 +158,11 @@ def train(config: Config, workdir: pathlib.Path) -> int:
 
     checkpoints.wait()
     telemetry.close()
-    ending = "done" if step == config.total_steps else "stopped by SIGTERM and saved"
+    done = step == config.total_steps
     if processes.is_first():
+        ending = "done" if done else "stopped by SIGTERM and saved"
         print(*ledger.lines(), f"{workdir} is {ending}: step {step} of {config.total_steps}.", sep="\n")
-    return 0
+    return done
 
 
 class Pending(NamedTuple):
