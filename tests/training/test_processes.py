@@ -1,6 +1,5 @@
 """Several processes train as one does, stop together, and hand their checkpoints on to any other number."""
 
-import os
 import pathlib
 import shutil
 import signal
@@ -35,34 +34,14 @@ def data(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def start(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int) -> list[subprocess.Popen]:
-    """Trains stage 0 in `count` processes of `devices` devices each; their output is in `WORKDIR.I`."""
-    given = [
-        *tiny.overrides("stage0", data),
-        "--config.init.vision_target=random",
-        "--config.data.bad_record_limit=0.9",
-    ]
-    given += [f"--config.total_steps={STEPS}", "--config.checkpoint.every=20", "--config.checkpoint.keep=9"]
+    """Trains stage 0 in `count` processes of `devices` devices each."""
+    given = [*tiny.overrides("stage0", data), "--config.init.vision_target=random"]
+    given += [f"--config.total_steps={STEPS}", "--config.data.bad_record_limit=0.9"]
+    given += ["--config.checkpoint.every=20", "--config.checkpoint.keep=9"]
     given += ["--config.checkpoint.local_every=3", f"--config.checkpoint.local={workdir}-local"]
     command = tiny.command("train", "--config=configs/stage0.py", f"--workdir={workdir}", *given)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    port, started = free_port(), []
-    for index in range(count):
-        environment = {**os.environ, "XLA_FLAGS": flags}
-        if count > 1:
-            environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
-            environment |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        with open(f"{workdir}.{index}", "w") as output:
-            started.append(
-                subprocess.Popen(command, cwd=tiny.REPOSITORY, env=environment, stdout=output, stderr=output)
-            )
-    return started
+    return tiny.start(command, count, devices, workdir)
 
 
 def wait_for_step(running: list[subprocess.Popen], workdir: pathlib.Path, step: int) -> None:
@@ -119,7 +98,9 @@ def test_processes_come_and_go(data, tmp_path) -> None:
 
 def call_roll(count: int, present: list[int], timeout: float) -> dict[int, str]:
     """What each of the `present` processes hears: nothing, or who is missing."""
-    address, heard = f"localhost:{free_port()}", {}
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address, heard = f"localhost:{probe.getsockname()[1]}", {}
 
     def call(index: int) -> None:
         try:
