@@ -39,7 +39,7 @@ def start(timeout: float = START_TIMEOUT) -> None:
         return
     if count > 1:
         roll_call(address, count, index, timeout)
-    jax.distributed.initialize(address, count, index, local)
+    jax.distributed.initialize(address, count, index, local, shutdown_timeout_seconds=60)
 
 
 def _whereabouts(timeout: float) -> tuple[str | None, int | None, int | None, Any]:
