@@ -95,7 +95,7 @@ class Checkpoints:
         arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items() if tree}
         lasting = last or step % self._config.checkpoint.every == 0
         manager = self._managers["lasting" if lasting else "local"]
-        with _writing(manager):
+        with _writing(manager), jax.transfer_guard("allow"):  # of barriers
             manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
         self.latest_step = step
 
