@@ -166,7 +166,7 @@ class StopSignal:
     """SIGTERM, at any of the processes; the loop looks at it between steps."""
 
     def __init__(self) -> None:
-        self._noted = False
+        self._noted, self._asked = False, False
         if not jax.distributed.is_initialized():  # which listens itself
             signal.signal(signal.SIGTERM, self._note)
 
@@ -175,4 +175,7 @@ class StopSignal:
 
     def reached(self, step: int) -> bool:
         """Whether to stop after a step: the same one in all processes, each of which asks after every step."""
-        return self._noted or multihost_utils.reached_preemption_sync_point(step)
+        # JAX agrees on the step after the latest that anybody has asked for: on 1 while nobody has.
+        early = not self._asked and multihost_utils.reached_preemption_sync_point(1)
+        self._asked = True
+        return self._noted or early or multihost_utils.reached_preemption_sync_point(step)
