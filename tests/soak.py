@@ -23,7 +23,7 @@ import time
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
 
-STEPS = 60
+STEPS = 40
 PATIENCE = 120  # seconds that a process may take to end after a fault that it has to notice by itself
 
 
@@ -37,18 +37,18 @@ class Run:
             *(f"--config.init.{part}=random" for part in tiny.config(stage, data).init),
         ]
         given += [f"--config.total_steps={STEPS}", "--config.checkpoint.every=10", "--config.checkpoint.keep=3"]
-        given += ["--config.checkpoint.local_every=3", f"--config.checkpoint.local={directory}-local"]
+        given += ["--config.checkpoint.local_every=4", f"--config.checkpoint.local={directory}-local"]
         self._command = tiny.command("train", f"--config=configs/{stage}.py", f"--workdir={directory}", *given)
 
     def start(self) -> None:
         self.processes = tiny.start(self._command, self._count, 1, self.directory)
 
-    def wait(self) -> list[int]:
-        """Exit codes. Those that hang on one that is gone are killed after a while, as by a launcher."""
-        deadline, codes = time.monotonic() + PATIENCE, []
+    def wait(self, patience: float | None = None) -> list[int]:
+        """Exit codes. Of several, those that hang on one that is gone are killed after a while, as by a launcher."""
+        codes = []
         for process in self.processes:
             try:
-                codes.append(process.wait(max(1.0, deadline - time.monotonic())))
+                codes.append(process.wait(patience))
             except subprocess.TimeoutExpired:
                 process.kill()
                 codes.append(process.wait())
@@ -139,7 +139,7 @@ def torture(run: Run, chance: random.Random, counts: collections.Counter) -> Non
         if not run.running():
             break
         FAULTS[name](run, chance)
-        codes = run.wait()
+        codes = run.wait(PATIENCE)
         counts[f"{name}: exit {sorted(set(codes))}"] += 1
     run.start()
     if any(run.wait()):
