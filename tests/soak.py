@@ -96,10 +96,12 @@ def terminate_one(run: Run, chance: random.Random) -> None:
 
 
 def fill_disk(run: Run, chance: random.Random) -> None:
-    """Files can grow no longer than some thousand bytes: writing fails as it does on a full disk."""
+    """Files can grow to some ten thousand bytes: writing a checkpoint fails as it does on a full disk."""
     for process in run.processes:
         if process.poll() is None:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (chance.randrange(4096), resource.RLIM_INFINITY))
+            resource.prlimit(
+                process.pid, resource.RLIMIT_FSIZE, (chance.randrange(16_000, 64_000), resource.RLIM_INFINITY)
+            )
 
 
 def damage(run: Run, chance: random.Random) -> None:

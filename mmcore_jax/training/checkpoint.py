@@ -61,7 +61,10 @@ class Checkpoints:
         self._managers = {"lasting": lasting}
         if config.checkpoint.local_every:
             self._managers["local"] = _local_manager(workdir, config)
-        self.latest_step = max((step for step, _ in self._places()), default=None)
+        places = self._places()
+        self.latest_step = places[0][0] if places else None
+        if config.checkpoint.local_every:
+            self._drop_parts(places)
 
     def due(self, step: int) -> bool:
         """Whether to save after a step."""
@@ -80,6 +83,7 @@ class Checkpoints:
         if (step, "lasting") in self._places():
             return
         items = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+        items["statistics"] = constants.statistics
         record = {
             "step": step,
             "data": data,
@@ -91,7 +95,6 @@ class Checkpoints:
                 for part, value in fingerprints(constants.frozen).items()
             },
         }
-        items["statistics"] = constants.statistics
         arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items() if tree}
         lasting = last or step % self._config.checkpoint.every == 0
         manager = self._managers["lasting" if lasting else "local"]
@@ -154,6 +157,14 @@ class Checkpoints:
         known = [[step, tier] for tier, manager in self._managers.items() for step in manager.all_steps()]
         everywhere = set.intersection(*({(step, tier) for step, tier in theirs} for theirs in gather(known)))
         return sorted(everywhere, reverse=True)
+
+    def _drop_parts(self, places: list[tuple[int, str]]) -> None:
+        """Deletes what this process has of checkpoints that another lacks: all are to save those steps anew."""
+        manager = self._managers["local"]
+        for step in manager.all_steps():
+            if (step, "local") not in places:
+                shutil.rmtree(manager.directory / str(step))
+        manager.reload()
 
     def _set_aside(self, step: int, tier: str) -> None:
         """Makes room for a whole checkpoint of that step."""
@@ -235,7 +246,7 @@ def _read(directory: Any, abstract: State) -> tuple[dict, dict[str, Any]]:
 
 def _mismatch(record: dict, items: dict[str, Any]) -> str:
     """What is wrong with arrays that could be read, if they are not those that were written."""
-    found = fingerprints(_flat({name: tree for name, tree in items.items() if name != "statistics"}))
+    found = fingerprints(_flat(items))
     known = record.get("fingerprints", found)  # earlier versions wrote none
     wrong = [name for name, value in found.items() if known[name] != value]
     return f"{', '.join(wrong)} changed since they were written" if wrong else ""

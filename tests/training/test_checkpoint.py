@@ -12,6 +12,7 @@ import pytest
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import UserError
+from mmcore_jax.training import checkpoint
 from mmcore_jax.training.checkpoint import Checkpoints
 from mmcore_jax.training.state import Constants, State
 from tests import tiny
@@ -132,6 +133,15 @@ def test_tiers(run) -> None:
     assert run.restored(local=True) == 8
     shutil.rmtree(run.directory / "8")
     assert run.restored() == 5
+
+
+def test_of_what_another_process_lacks_nothing_stays(run, monkeypatch) -> None:
+    """Else one would skip, and the others wait for it, when that step comes again."""
+    run.write(6, 7, local=True)
+    (local,) = run.local.glob("*/process_0_of_1")
+    monkeypatch.setattr(checkpoint, "gather", lambda mine: [mine, [[6, "local"]]])
+    assert run.open(local=True).latest_step == 6
+    assert {path.name for path in local.iterdir()} == {"6"}
 
 
 def test_a_full_disk_is_one_sentence(run, mesh, monkeypatch) -> None:
