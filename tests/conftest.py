@@ -12,7 +12,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
-LONGEST = ("test_mesh.py", "test_resume.py")
+LONGEST = ("test_mesh.py", "test_processes.py", "test_resume.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -17,6 +17,9 @@ from mmcore_jax.training.checkpoint import Checkpoints
 from mmcore_jax.training.state import Constants, State
 from tests import tiny
 
+# Of a checkpoint that Orbax gives up on, other reads end when nobody waits for them any more.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SIZES = {"dit/a/kernel": (8, 16), "dit/b/bias": (64,)}
 
 
