@@ -96,7 +96,10 @@ def terminate_one(run: Run, chance: random.Random) -> None:
 
 
 def fill_disk(run: Run, chance: random.Random) -> None:
-    """Files can grow to some ten thousand bytes: writing a checkpoint fails as it does on a full disk."""
+    """Files can grow to some ten thousand bytes: writing a checkpoint fails as it does on a full disk.
+
+    So does the log, which is why the exit code is often 1 and not 2: there is no room for the sentence.
+    """
     for process in run.processes:
         if process.poll() is None:
             resource.prlimit(

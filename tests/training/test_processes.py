@@ -39,7 +39,7 @@ def start(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int) -
     """Trains stage 0 in `count` processes of `devices` devices each."""
     given = [*tiny.overrides("stage0", data), "--config.init.vision_target=random"]
     given += [f"--config.total_steps={STEPS}", "--config.data.bad_record_limit=0.9"]
-    given += ["--config.checkpoint.every=20", "--config.checkpoint.keep=9"]
+    given += ["--config.checkpoint.every=20", "--config.checkpoint.keep=9", "--stopped_code=75"]
     given += ["--config.checkpoint.local_every=5", f"--config.checkpoint.local={workdir}-local"]
     command = tiny.command("train", "--config=configs/stage0.py", f"--workdir={workdir}", *given)
     return tiny.start(command, count, devices, workdir)
@@ -82,7 +82,7 @@ def test_processes_come_and_go(data, tmp_path) -> None:
     running = start(data, turns, 2, 4)
     wait_until(running, (turns / "config.json").exists)  # they have met
     running[1].send_signal(signal.SIGTERM)
-    assert [process.wait(180) for process in running] == [0, 0], output(turns) + output(turns, 1)
+    assert [process.wait(180) for process in running] == [75, 75], output(turns) + output(turns, 1)
     last = output(turns).splitlines()[-1]
     assert "stopped by SIGTERM and saved" in last
     stopped_after = int(last.split("step ")[1].split()[0])
