@@ -263,7 +263,7 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).split("\n")[0][:300]
+        reason = str(error).split("\n")[0][-200:]  # the system's own words come last
         raise UserError(
             f"a checkpoint in {manager.directory} cannot be written ({reason}); the ones before it are intact: make "
             "room, and run the same command again."
