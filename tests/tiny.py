@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -168,6 +170,22 @@ def command(door: str, *arguments: object) -> list[str]:
     """The command line of a door in a process of its own."""
     run = f"{_WITHOUT_TORCH}from mmcore_jax import {door}; {door}.main()"
     return [sys.executable, "-c", run, *map(str, arguments)]
+
+
+def start(command: list[str], count: int, devices: int, output: pathlib.Path) -> list[subprocess.Popen]:
+    """Starts `count` processes that know of each other, each of `devices` devices; what they print is in `OUTPUT.I`."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags, started = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}", []
+    for index in range(count):
+        environment = {**os.environ, "XLA_FLAGS": flags}
+        if count > 1:
+            environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            environment |= {"JAX_PROCESS_ID": str(index)}
+        with open(f"{output}.{index}", "w") as file:
+            started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file))
+    return started
 
 
 # Others are forked from a process that has imported everything, which takes seconds, and has done nothing.

@@ -11,7 +11,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -167,9 +167,10 @@ def _end_with(parent: int, *_: int) -> None:
 class Ledger:
     """What a run has seen of each source: examples drawn, and records that were bad or shortened, by reason."""
 
-    def __init__(self, config: Config, process_count: int = 1, record: dict | None = None) -> None:
-        """Continues the `record` of an interrupted run."""
-        self._config, self._process_count, self._names = config, process_count, list(config.data.sources)
+    def __init__(self, config: Config, gather: Callable[[Any], list] | None = None, record: dict | None = None) -> None:
+        """Continues the `record` of an interrupted run; `gather` returns what each of several processes gives it."""
+        self._config, self._gather, self._names = config, gather, list(config.data.sources)
+        self._skipped: list[Skipped] = []
         record = record or {"drawn": [0] * len(self._names), "lost": [], "shortened": []}
         self._drawn = np.array(record["drawn"], np.int64)
         self._lost, self._shortened = (
@@ -178,19 +179,32 @@ class Ledger:
         )
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch.
+        """Counts a batch; of several processes, what they have left out is counted when they `share` it.
+
+        Raises:
+          UserError: as `share` does.
+        """
+        self._drawn += batch.drawn
+        self._skipped += batch.skipped
+        if self._gather is None:
+            self.share()
+
+    def share(self) -> None:
+        """Counts what all processes have left out. They call it after the same steps.
 
         Raises:
           UserError: if more than `config.data.bad_record_limit` of what was drawn of a source was bad.
         """
-        self._drawn += batch.drawn
-        for case in batch.skipped:
+        cases, self._skipped = self._skipped, []
+        if self._gather:
+            cases = [Skipped(*case) for case in itertools.chain(*self._gather(cases))]
+        for case in cases:
             counts = self._lost if case.lost else self._shortened
             counts[case.source, case.reason] += 1
             scan.log_case(counts[case.source, case.reason], case.source, case.reason, case.where)
-        for name in {case.source for case in batch.skipped if case.lost}:
+        for name in {case.source for case in cases if case.lost}:
             bad = {reason: count for (source, reason), count in self._lost.items() if source == name}
-            total = max(self._drawn[self._names.index(name)], self._config.data.window) // self._process_count
+            total = max(self._drawn[self._names.index(name)], self._config.data.window)
             scan.check_share(name, bad, int(total), self._config.data.bad_record_limit)
 
     def metrics(self) -> dict[str, float]:

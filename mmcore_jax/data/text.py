@@ -116,7 +116,9 @@ def keep_tokenizer(source: str | pathlib.Path, directory: pathlib.Path) -> None:
       UserError: if another one is there already.
     """
     if not directory.exists():
-        copy_tokenizer(source, directory)
+        temporary = directory.with_name(f"{directory.name}.tmp")
+        copy_tokenizer(source, temporary)
+        temporary.replace(directory)
     check_same_tokenizer(source, directory)
 
 

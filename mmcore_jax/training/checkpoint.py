@@ -5,19 +5,23 @@ the position in the data and what was seen of it, config, and for each part with
 and their fingerprint. Frozen parameters themselves are not written.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import re
+import shutil
 import typing
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmcore_jax import config as config_lib
@@ -28,6 +32,7 @@ from mmcore_jax.data.image import PROCESSOR_FILE, check_processor
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.nn.layers import is_lora
+from mmcore_jax.processes import gather
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
@@ -38,86 +43,231 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `WORKDIR/checkpoints`."""
+    """The checkpoints of one run: in `WORKDIR/checkpoints`, and more frequent ones on a disk of each host.
+
+    Those in the workdir serve any mesh and any number of processes. Of the others each process keeps its own part, and
+    they serve only the same ones.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: Config) -> None:
-        self._config = config
+        self._config, self._record = config, {}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.checkpoint.keep,
             keep_period=config.checkpoint.keep_period or None,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        handlers = _handlers(ocp.options.MultiprocessingOptions())
+        lasting = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
+        self._managers = {"lasting": lasting}
+        if config.checkpoint.local_every:
+            self._managers["local"] = _local_manager(workdir, config)
+        places = self._places()
+        self.latest_step = places[0][0] if places else None
+        if config.checkpoint.local_every:
+            self._drop_parts(places)
 
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def due(self, step: int) -> bool:
+        """Whether to save after a step."""
+        settings = self._config.checkpoint
+        return step % settings.every == 0 or (settings.local_every > 0 and step % settings.local_every == 0)
 
-    def save(self, state: State, constants: Constants, step: int, data: dict) -> None:
+    def save(self, state: State, constants: Constants, step: int, data: dict, last: bool = False) -> None:
         """Starts writing a checkpoint and returns; the arrays are copied off the devices first.
 
-        `data` says, as JSON values, where the run stands in its data, and what it has seen.
+        `data` says, as JSON values, where the run stands in its data, and what it has seen. The `last` one of a process
+        goes into the workdir.
+
+        Raises:
+          UserError: if it, or the one before, cannot be written.
         """
-        if self.latest_step == step:
+        if (step, "lasting") in self._places():
             return
+        items = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+        items["statistics"] = constants.statistics
         record = {
             "step": step,
             "data": data,
             "config": dataclasses.asdict(self._config),
+            "fingerprints": fingerprints(_flat(items)),
             "statistics": {name: list(value.shape) for name, value in constants.statistics.items()},
             "frozen": {
                 part: {"source": self._config.init[part], "fingerprint": value}
                 for part, value in fingerprints(constants.frozen).items()
             },
         }
-        items = {
-            "params": state.params,
-            "opt_state": state.opt_state,
-            "statistics": constants.statistics,
-            "ema": state.ema,
-        }
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
-        self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
+        arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items() if tree}
+        lasting = last or step % self._config.checkpoint.every == 0
+        manager = self._managers["lasting" if lasting else "local"]
+        with _writing(manager), jax.transfer_guard("allow"):  # of barriers
+            manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
+        self.latest_step = step
 
     def data(self) -> dict:
-        """What the latest checkpoint says of the data; empty before the first one."""
-        return self._record()["data"] if self.latest_step is not None else {}
-
-    def _record(self) -> dict:
-        return self._manager.restore(self.latest_step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        """What the checkpoint that was restored says of the data; empty if there was none."""
+        return self._record.get("data", {})
 
     def restore(self, abstract: State, frozen: Flat) -> tuple[State, Constants]:
-        """Restores the latest checkpoint onto the shardings of `abstract`.
+        """Restores the latest whole checkpoint onto the shardings of `abstract`.
+
+        Damaged ones are passed over with a warning, and moved out of the way.
 
         Raises:
-          UserError: if the frozen parameters are not those that the run has trained with.
+          UserError: if there is none, or the frozen parameters are not those that the run has trained with.
         """
-        step = self.latest_step
-        items = {"params": abstract.params, "opt_state": abstract.opt_state, "ema": abstract.ema}
-        arrays = {name: ocp.args.StandardRestore(tree) for name, tree in items.items() if tree}
-        record = self._record()
-        whole = abstract.step.sharding
-        statistics = {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
-            for name, shape in record["statistics"].items()
-        }
-        if statistics:
-            arrays["statistics"] = ocp.args.StandardRestore(statistics)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arrays))
+        self.wait()
+        damaged: list[tuple[int, str]] = []
+        for step, tier in self._places():
+            directory, found, problem = self._managers[tier].directory / str(step), None, ""
+            try:
+                found = _read(directory, abstract)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            problem = next(filter(None, gather(problem)), "") or _mismatch(*found)
+            if not problem:
+                break
+            logging.warning("the checkpoint %s is damaged and passed over: %s", directory, problem)
+            damaged.append((step, tier))
+        else:
+            raise UserError(
+                f"none of the {len(damaged)} checkpoints in {self._managers['lasting'].directory} can be read (see the "
+                "warnings above): bring one back, or start anew with another --workdir."
+            )
+        for place in damaged:
+            self._set_aside(*place)
+        self._record, items = found
+        self._check_frozen(frozen)
+        self.latest_step, whole = step, abstract.step.sharding
+        state = State(
+            jax.device_put(np.int32(step), whole), items["params"], items["opt_state"], items.get("ema", abstract.ema)
+        )
+        return state, Constants(frozen, items.get("statistics", {}))
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        for manager in self._managers.values():
+            with _writing(manager):
+                manager.wait_until_finished()
+
+    def _places(self) -> list[tuple[int, str]]:
+        """Step and tier of the checkpoints that all processes have, the newest first."""
+        known = [[step, tier] for tier, manager in self._managers.items() for step in manager.all_steps()]
+        everywhere = set.intersection(*({(step, tier) for step, tier in theirs} for theirs in gather(known)))
+        return sorted(everywhere, reverse=True)
+
+    def _drop_parts(self, places: list[tuple[int, str]]) -> None:
+        """Deletes what this process has of checkpoints that another lacks: all are to save those steps anew."""
+        manager = self._managers["local"]
+        for step in manager.all_steps():
+            if (step, "local") not in places:
+                shutil.rmtree(manager.directory / str(step))
+        manager.reload()
+
+    def _set_aside(self, step: int, tier: str) -> None:
+        """Makes room for a whole checkpoint of that step."""
+        manager = self._managers[tier]
+        aside = manager.directory.with_name(f"{manager.directory.name}-damaged")
+        if tier == "local" or jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (manager.directory / str(step)).rename(aside / str(step))
+        gather(None)
+        manager.reload()
+
+    def _check_frozen(self, frozen: Flat) -> None:
         for part, value in fingerprints(frozen).items():
-            known = record["frozen"].get(part)
+            known = self._record["frozen"].get(part)
             if known is None or known["fingerprint"] != value:
                 raise UserError(
                     f"the frozen part {part!r} from {self._config.init[part]} is not the one that this run was trained "
                     "with: restore the original, or start anew with another --workdir."
                 )
-        ema = restored["ema"] if abstract.ema else {}
-        state = State(jax.device_put(np.int32(step), whole), restored["params"], restored["opt_state"], ema)
-        return state, Constants(frozen, restored["statistics"] if statistics else {})
 
-    def wait(self) -> None:
-        """Blocks until everything is on disk."""
-        self._manager.wait_until_finished()
+
+_TREES = ("params", "opt_state", "ema", "statistics")
+
+
+def _handlers(among: ocp.options.MultiprocessingOptions) -> dict[str, Any]:
+    """What reads and writes each item, `among` some of the processes."""
+    handlers = {name: ocp.PyTreeCheckpointHandler(multiprocessing_options=among) for name in _TREES}
+    return handlers | {"record": ocp.JsonCheckpointHandler(multiprocessing_options=among)}
+
+
+def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManager:
+    """Keeps what lies on the devices of this process, in a directory that no other process or mesh looks into."""
+    among = ocp.options.MultiprocessingOptions(primary_host=None, barrier_sync_key_prefix="local")
+    arrays = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers: dict[str, Any] = {"record": ocp.JsonCheckpointHandler(multiprocessing_options=among)}
+    for name in _TREES:
+        handlers[name] = ocp.PyTreeCheckpointHandler(multiprocessing_options=among, type_handler_registry=registry)
+    of_run = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
+    part = f"process_{jax.process_index()}_of_{jax.process_count()}"
+    if jax.process_count() > 1:
+        part += f"-mesh_{'_'.join(map(str, dataclasses.astuple(config.mesh)))}-devices_{jax.device_count()}"
+    root = pathlib.Path(config.checkpoint.local).absolute()
+    directory = root / f"{workdir.name}-{of_run}" / part
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to config.checkpoint.local {root}: {error.strerror}.") from error
+    # Orbax says at every save that it does not know how much all processes write together.
+    logging.get_absl_logger().addFilter(lambda record: "Global object size" not in record.getMessage())
+    return ocp.CheckpointManager(
+        directory,
+        item_handlers=handlers,
+        options=ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=among),
+    )
+
+
+def _read(directory: Any, abstract: State) -> tuple[dict, dict[str, Any]]:
+    """The record and the arrays of a checkpoint. Each process reads by itself: if one fails, none waits for it."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    handler = ocp.CompositeCheckpointHandler(composite_options=options, **_handlers(alone))
+    reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
+    record = reader.restore(directory, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    items = {"params": abstract.params, "opt_state": abstract.opt_state, "ema": abstract.ema}
+    items["statistics"] = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=abstract.step.sharding)
+        for name, shape in record["statistics"].items()
+    }
+    arrays = {
+        name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+        for name, tree in items.items()
+        if tree
+    }
+    return record, dict(reader.restore(directory, args=ocp.args.Composite(**arrays)).items())
+
+
+def _mismatch(record: dict, items: dict[str, Any]) -> str:
+    """What is wrong with arrays that could be read, if they are not those that were written."""
+    found = fingerprints(_flat(items))
+    known = record.get("fingerprints", found)  # earlier versions wrote none
+    wrong = [name for name, value in found.items() if known[name] != value]
+    return f"{', '.join(wrong)} changed since they were written" if wrong else ""
+
+
+def _flat(items: dict[str, Any]) -> Flat:
+    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns a full disk, and the like, into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).split("\n")[0][-200:]  # the system's own words come last
+        raise UserError(
+            f"a checkpoint in {manager.directory} cannot be written ({reason}); the ones before it are intact: make "
+            "room, and run the same command again."
+        ) from error
 
 
 def check_sources(config: Config) -> None:
@@ -429,8 +579,7 @@ def _model_of(part: str, config: Any) -> Model:
 
 def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     """Opens another run's checkpoints."""
-    trees = ("params", "ema", "opt_state", "statistics")
-    handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees} | {"record": ocp.JsonCheckpointHandler()}
+    handlers = _handlers(ocp.options.MultiprocessingOptions())
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), item_handlers=handlers)
 
 
@@ -455,7 +604,7 @@ def _load_statistics(workdir: pathlib.Path, where: jax.sharding.Sharding) -> Fla
 
 def fingerprints(params: Flat) -> dict[str, str]:
     """A fingerprint of the bits of each part, computed where the arrays live and the same on any mesh."""
-    sums = jax.device_get(_checksums(params))
+    sums = jax.device_get({path: _checksum(value) for path, value in params.items()})
     digests: dict[str, Any] = {}
     for path in sorted(sums):
         line = f"{path} {params[path].shape} {params[path].dtype} {int(sums[path])}\n"
@@ -464,18 +613,14 @@ def fingerprints(params: Flat) -> dict[str, str]:
 
 
 @jax.jit
-def _checksums(params: Flat) -> dict[str, jax.Array]:
-    """Position-weighted sums modulo 2^32 of each array's bits; integer sums do not depend on their order."""
-
-    def checksum(x: jax.Array) -> jax.Array:
-        unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        weights = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            weights = weights * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * weights * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, params)
+def _checksum(x: jax.Array) -> jax.Array:
+    """Position-weighted sum modulo 2^32 of an array's bits; integer sums do not depend on their order."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    weights = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        weights = weights * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * weights * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
 
 
 def _is_run(directory: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -61,6 +62,13 @@ class Telemetry:
         shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name)
         print(f"{self._title}: step {step}/{self._total} {shown}, {speed:.2f} steps/s, {left:.0f} s left", flush=True)
         self._last = (now, step)
+
+
+class Silence:
+    """The telemetry of every process but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -235,7 +235,7 @@ def test_bad_records_are_skipped_and_counted(data):
     assert drawn == count + len(seen)
     assert set(seen) == {f"drawing-{i}" for i in range(8)}
     assert ledger.metrics() == {"data/share/partly": 1.0, "data/bad/partly": count}
-    assert Ledger(settings, 1, ledger.record()).record() == ledger.record()
+    assert Ledger(settings, None, ledger.record()).record() == ledger.record()
 
 
 def test_too_many_bad_records_stop_the_run(data):

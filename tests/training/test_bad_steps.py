@@ -232,17 +232,17 @@ def test_a_full_disk_stops_with_one_sentence(data, tmp_path, monkeypatch) -> Non
     """The disk takes no large file any more while the second checkpoint is written: the first one is whole."""
     save, limits, saved = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def fill(self, state, constants, step, data):
+    def fill(self, state, constants, step, data, last):
         if step == 8:
             self.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         saved.append(jax.tree.leaves(jax.device_get((state.params, state.opt_state, state.ema))))
-        save(self, state, constants, step, data)
+        save(self, state, constants, step, data, last)
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", fill)
         try:
-            with pytest.raises(UserError, match=r"no room for a checkpoint .*the run stops"):
+            with pytest.raises(UserError, match=r"a checkpoint in .* cannot be written .*make room"):
                 train.train(configured(data), tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,0 +1,146 @@
+"""Several processes train as one does, stop together, and hand their checkpoints on to any other number."""
+
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mmcore_jax import processes
+from mmcore_jax.config import UserError
+from mmcore_jax.data import example
+from mmcore_jax.training.telemetry import read_metrics
+from tests import tiny
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """The tiny dataset, and two images that turn out to be cut off when they are read."""
+    directory = tiny.write_dataset(tmp_path_factory.mktemp("data"))
+    writer = ArrayRecordWriter(str(directory / "text_to_image-train-cut.array_record"), "group_size:1")
+    for number in range(2):
+        image = tiny.drawing("red", "dot")[:-30]
+        segments = [example.text("cut"), example.image(image, True)]
+        writer.write(example.encode({"id": f"cut/{number}", "task": "text_to_image", "segments": segments}))
+    writer.close()
+    return directory
+
+
+def start(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int) -> list[subprocess.Popen]:
+    """Trains stage 0 in `count` processes of `devices` devices each."""
+    given = [*tiny.overrides("stage0", data), "--config.init.vision_target=random"]
+    given += [f"--config.total_steps={STEPS}", "--config.data.bad_record_limit=0.9"]
+    given += ["--config.checkpoint.every=20", "--config.checkpoint.keep=9", "--stopped_code=75"]
+    given += ["--config.checkpoint.local_every=5", f"--config.checkpoint.local={workdir}-local"]
+    command = tiny.command("train", "--config=configs/stage0.py", f"--workdir={workdir}", *given)
+    return tiny.start(command, count, devices, workdir)
+
+
+def wait_until(running: list[subprocess.Popen], true: Callable[[], bool]) -> None:
+    """Waits while the processes run."""
+    while not true():
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.01)
+
+
+def output(workdir: pathlib.Path, index: int = 0) -> str:
+    return pathlib.Path(f"{workdir}.{index}").read_text()
+
+
+def logged(workdir: pathlib.Path) -> dict[str, list[float]]:
+    records = read_metrics(workdir)
+    names = set(records[-1]) - {"examples_per_second", "step_seconds"}
+    return {name: [record.get(name, 0.0) for record in records] for name in names}
+
+
+def test_processes_come_and_go(data, tmp_path) -> None:
+    """1 x 8, 2 x 4 (killed), 2 x 4 (stopped) and 1 x 2 devices in turn are 1 x 8, uninterrupted."""
+    whole, turns = tmp_path / "whole", tmp_path / "turns"
+    (process,) = start(data, whole, 1, 8)
+    assert process.wait() == 0, output(whole)
+    turns.mkdir()
+    shutil.copy(whole / "config.json", turns)
+    shutil.copy(whole / "metrics.jsonl", turns)
+    shutil.copytree(whole / "checkpoints/20", turns / "checkpoints/20")
+
+    running = start(data, turns, 2, 4)
+    local = pathlib.Path(f"{turns}-local")
+    wait_until(running, lambda: len([*local.glob("*/process_?_of_2*/25/commit_success.txt")]) == 2)
+    running[1].kill()
+    assert running[0].wait(180) != 0  # it does not go on alone
+
+    (turns / "config.json").unlink()
+    running = start(data, turns, 2, 4)
+    wait_until(running, (turns / "config.json").exists)  # they have met
+    running[1].send_signal(signal.SIGTERM)
+    assert [process.wait(180) for process in running] == [75, 75], output(turns) + output(turns, 1)
+    last = output(turns).splitlines()[-1]
+    assert "stopped by SIGTERM and saved" in last
+    stopped_after = int(last.split("step ")[1].split()[0])
+    assert 25 < stopped_after < STEPS, "it did not go on from the host's disk"
+    assert (turns / "checkpoints" / str(stopped_after)).is_dir()
+
+    (process,) = start(data, turns, 1, 2)
+    assert process.wait() == 0, output(turns)
+    found, expected = logged(turns), logged(whole)
+    assert found["step"] == expected["step"] == list(range(1, STEPS + 1))
+    assert expected["data/bad/text_to_image"][-1] > 8, "no record was left out"
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0 if name.startswith("data/") else 1e-5, err_msg=name)
+
+
+def call_roll(count: int, present: list[int], timeout: float) -> dict[int, str]:
+    """What each of the `present` processes hears: nothing, or who is missing."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address, heard = f"localhost:{probe.getsockname()[1]}", {}
+
+    def call(index: int) -> None:
+        try:
+            processes.roll_call(address, count, index, timeout)
+            heard[index] = ""
+        except UserError as error:
+            heard[index] = str(error)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in present]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+def test_roll_call() -> None:
+    assert call_roll(3, [2, 1, 0], 10) == {0: "", 1: "", 2: ""}
+
+
+def test_roll_call_names_who_is_missing() -> None:
+    heard = call_roll(4, [2, 0], 1)
+    assert heard[0] == heard[2]
+    assert heard[0].startswith("process 1, 3 of 4 did not come to localhost:")
+    assert f"here are 0 on {socket.gethostname()}, 2 on {socket.gethostname()}" in heard[0]
+
+
+def test_roll_call_without_the_first() -> None:
+    heard = call_roll(2, [1], 1)
+    assert heard[1].startswith("process 0 did not come to localhost:")
+
+
+@pytest.mark.parametrize(
+    "given", [{"JAX_NUM_PROCESSES": "2"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, {"JAX_PROCESS_ID": "x"}]
+)
+def test_a_contradictory_environment_is_refused(monkeypatch, given) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"expected host:port, a number of processes, and one below it"):
+        processes.start(1)
