@@ -48,6 +48,8 @@ def _openmoji() -> ConfigDict:
                     position_base=8,
                     query_gain=2.0,
                     prediction="x0",
+                    visibility="block_causal",
+                    clean_visual=False,
                 ),
                 autoencoder=dict(kind="pixel"),
             ),

@@ -95,7 +95,8 @@ class Generator:
     ) -> np.ndarray:
         """Images of one size, `[len(requests), height, width, 3]`."""
         sizes = layout.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
-        items, pictures = zip(*(prepare(request, self._format, sizes) for request in requests))
+        history = self._config.model.dit.visibility == "history_visual"
+        items, pictures = zip(*(prepare(request, self._format, sizes, history) for request in requests))
         budgets = fit(items, sizes)
         scales = settings.text_scale, settings.visual_scale
         branches = guidance.branches(pathways, *scales, keep_conditional=_needs_conditional(settings))
@@ -135,8 +136,10 @@ def show_size(size: Size) -> str:
     return "{}x{}".format(*size)
 
 
-def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, list[Picture]]:
+def prepare(request: Example, chat: ChatFormat, sizes: Geometry, history: bool = False) -> tuple[Item, list[Picture]]:
     """A request as tokens, and the images that it gives; the image to come starts blank.
+
+    With `history`, what conditioned the earlier generated images is kept.
 
     Raises:
       UserError: if an image cannot be used.
@@ -144,7 +147,8 @@ def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, 
     with _usable(request):
         item = layout.make_item(request, chat, sizes)
         *inputs, last = item.frames
-        inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
+        if not history:
+            inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
         pictures = [layout.picture(frame, sizes) for frame in inputs]
     item.frames = [*inputs, last]
     return item, [*pictures, Picture()]
@@ -172,16 +176,18 @@ def fit(items: Sequence[Item], sizes: Geometry) -> Budgets:
 
 def split(batch: Interleaved) -> tuple[Interleaved, Diffusion]:
     """The batch with the noised latent tokens `[B, S]` alone, and the clean ones `[B, M]`, which end in padding."""
-    part, images = batch.diffusion, batch.images.generated.shape[1]
-    size = part.latent_source.shape[1] // images
-    return batch._replace(diffusion=_keep(part, NOISED, size)), _keep(part, CLEAN, (images - 1) * size)
+    part, meta, generated = batch.diffusion, batch.diffusion.latent_meta, batch.images.generated
+    images = generated.shape[1]
+    last = images - 1 - np.argmax(generated[:, ::-1], axis=1)
+    to_come = (meta.kind == NOISED) & (meta.frame == last[:, None])
+    size = to_come.sum(axis=1).max()
+    return batch._replace(diffusion=_keep(part, to_come, size)), _keep(part, meta.kind == CLEAN, (images - 1) * size)
 
 
-def _keep(part: Diffusion, kind: int, length: int) -> Diffusion:
-    """The latent tokens of one kind, in their order, then padding up to `length`."""
-    meta = part.latent_meta
-    order = np.argsort(meta.kind != kind, axis=1, kind="stable")[:, :length]
-    meta = meta._replace(kind=np.where(meta.kind == kind, kind, PAD))
+def _keep(part: Diffusion, kept: np.ndarray, length: int) -> Diffusion:
+    """The latent tokens of those `kept`, bool `[B, T]`, in their order, then padding up to `length`."""
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :length]
+    meta = part.latent_meta._replace(kind=np.where(kept, part.latent_meta.kind, PAD))
     meta, source = jax.tree.map(lambda field: np.take_along_axis(field, order, axis=1), (meta, part.latent_source))
     return part._replace(latent_meta=meta, latent_source=source)
 
@@ -215,7 +221,8 @@ def denoise(
 
     def condition(drop_text: jax.Array, drop_visual: jax.Array) -> Condition:
         drop = Drop(jnp.full(shape, drop_text), jnp.full(shape, drop_visual))
-        return forward.model.condition(forward.text_embeddings, forward.visual_embeddings, batch, drop)
+        given = forward.text_embeddings, forward.visual_embeddings, batch, drop, forward.image_embeddings
+        return forward.model.condition(*given)
 
     conditions = [condition(*dropped) for dropped in zip(branches.drop_text, branches.drop_visual)]
     conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *conditions)
@@ -225,7 +232,8 @@ def denoise(
 
     latents = forward.latents
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
-    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta)
+    added = None if conditions.clean is None else conditions.clean[0]  # the same in all branches
+    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta, added)
     noise = tokens(noise, batch.diffusion)
     drawn = integrate(forward.model, conditions, branches, noise, batch, timesteps, settings, memory)
     size = (side // model.config.autoencoder.downsampling for side in batch.images.pixels.shape[2:4])

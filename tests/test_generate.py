@@ -30,6 +30,8 @@ PICTURES = [tiny.drawing(colour, shape) for colour in tiny.COLOURS for shape in 
 NETWORKS = {
     "looped": ["model.dit.depth=4", "model.dit.dual_layers=2"],
     "unrolled": ["model.dit.depth=4", "model.dit.dual_layers=2", "execution.scan_layers=False"],
+    "clean_visual": ["model.dit.depth=4", "model.dit.dual_layers=2", "model.dit.clean_visual=True"],
+    "full": ["model.dit.depth=4", "model.dit.dual_layers=2", "model.dit.visibility=full"],
     "blockwise": ["model.dit.pooled_width=0", "model.dit.position=rotary", "execution.attention=blockwise"],
 }
 
@@ -137,7 +139,7 @@ def plain(model, params, batch, branches, keys, timesteps):
         forward = Forward(model, params, batch)
         drops = [Drop(*(jnp.full(shape, dropped) for dropped in each)) for each in zip(*branches[:2])]
         states = forward.text_embeddings, forward.visual_embeddings
-        return [forward.model.condition(*states, batch, drop) for drop in drops]
+        return [forward.model.condition(*states, batch, drop, forward.image_embeddings) for drop in drops]
 
     @jax.jit
     def velocity(params, tokens, condition, t):
@@ -153,7 +155,7 @@ def plain(model, params, batch, branches, keys, timesteps):
 
 
 def of_another_request(remember):
-    return lambda self, tokens, meta: remember(self, jnp.roll(tokens, 1, axis=0), meta)
+    return lambda self, tokens, *rest: remember(self, jnp.roll(tokens, 1, axis=0), *rest)
 
 
 def left_out(remember):
@@ -186,9 +188,27 @@ def test_reuse_changes_no_picture(data, network, monkeypatch):
         assert (found[counts == 0] < 1e-4).all()
 
 
-def test_training_is_sampling(data):
+def test_visible_history_conditions_the_next_image(data):
+    """Only by an image that was generated itself: what is merely given has no visual embeddings."""
+    config, model, params = load(data)
+    told = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, visibility="history_visual"))
+    others = dataclasses.replace(config, model=told)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    generators = Generator(config, model, tokenizer), Generator(others, MMCORE(told, config.execution), tokenizer)
+    given = request(PICTURES[:2])
+    drawn = {**given, "segments": [{**given["segments"][0]}, {**given["segments"][1], "generate": True}]}
+    drawn["segments"] += given["segments"][2:]
+    without, with_history = (
+        [generator(params, [one], config.sampling)[0].astype(int) for one in (given, drawn)] for generator in generators
+    )
+    assert np.abs(without[0] - with_history[0]).max() <= 1
+    assert np.abs(without[1] - with_history[1]).max() > 5
+
+
+@pytest.mark.parametrize("network", ["looped", "clean_visual"])
+def test_training_is_sampling(data, network):
     """Frames of a document that are trained at once have the velocities of frames that are asked for one by one."""
-    config, model, params = load(data, *NETWORKS["looped"])
+    config, model, params = load(data, *NETWORKS[network])
     segments = [example_lib.image(PICTURES[0])]
     for number in range(1, 4):
         segments += [example_lib.text(f"number {number}"), example_lib.image(PICTURES[number], generate=True)]
@@ -203,7 +223,7 @@ def test_training_is_sampling(data):
     def condition(forward, batch):
         nothing = jnp.zeros(batch.images.generated.shape, bool)
         states = forward.text_embeddings, forward.visual_embeddings
-        return forward.model.condition(*states, batch, Drop(nothing, nothing))
+        return forward.model.condition(*states, batch, Drop(nothing, nothing), forward.image_embeddings)
 
     @jax.jit
     def trained(params):
@@ -221,7 +241,7 @@ def test_training_is_sampling(data):
         latents = forward.model.latents(batch.images.pixels)
         latents = gather_tokens(latents.reshape(3, -1, latents.shape[-1]), clean.latent_source)
         given = condition(forward, batch), jnp.tile(t, (3, 1)), batch
-        memory = forward.model.remember(latents, clean.latent_meta)
+        memory = forward.model.remember(latents, clean.latent_meta, given[0].clean)
         return [forward.model.velocity(tokens, *given, memory=each) for each in (memory, None)]
 
     noised, velocities = trained(params)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from mmcore_jax.nn.tokens import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
 __all__ = ["CLEAN", "IMAGE", "NOISED", "PAD", "QUERY", "TEXT", "VISUAL", "TokenMeta"]
-__all__ += ["Rule", "block_causal", "causal", "concatenate", "plain_meta", "same_document", "same_frame", "same_window"]
+__all__ += ["DIFFUSION_RULES", "Rule", "block_causal", "causal", "concatenate", "history_visual", "plain_meta"]
+__all__ += ["same_document", "same_frame", "same_window"]
 
 Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
 
@@ -66,3 +67,21 @@ def block_causal(q: TokenMeta, k: TokenMeta) -> jax.Array:
     )
     remembering = (q.kind == CLEAN) & (k.kind == CLEAN) & (k.frame <= q.frame)
     return same_document(q, k) & (generating | remembering)
+
+
+def history_visual(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """The same, but a frame also sees VISUAL of the frames before it, which the paper found harmful.
+
+    What those saw of their own frame reaches it so, indirectly; a noised copy of it there is in training only.
+    """
+    history = (q.kind != CLEAN) & (k.kind == VISUAL) & (k.frame < q.frame)
+    return block_causal(q, k) | (same_document(q, k) & history)
+
+
+# By `config.model.dit.visibility`. "full" hides nothing: clean images see what is drawn from them, so that a document
+# can generate one image only.
+DIFFUSION_RULES: dict[str, Rule] = {
+    "block_causal": block_causal,
+    "history_visual": history_visual,
+    "full": same_document,
+}
