@@ -65,6 +65,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
         ],
+        "ablate": [*OPENMOJI, "matplotlib>=3.10"],
         "bench": BENCH,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

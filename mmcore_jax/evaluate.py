@@ -39,6 +39,12 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.cases < 1 or (arguments.steps is not None and arguments.steps < 1):
         raise UserError("--cases and --steps must be at least 1.")
+    print(scores.table(evaluate(arguments)))
+    print(f"Scores and sheets are in {arguments.workdir / 'evaluation'}.")
+
+
+def evaluate(arguments: argparse.Namespace) -> Scores:
+    """Evaluates a run as the command line says, unless that is done."""
     config = config_lib.from_json(arguments.workdir / "config.json")
     suite = _suite(arguments.suite)
     settings = describe(arguments, config)
@@ -46,11 +52,10 @@ def main(argv: Sequence[str]) -> None:
     results = read(output, settings)
     if results is not None:
         print(f"{output} is done already.")
-    else:
-        results, sheets = suite(arguments)
-        write(output, settings, results, sheets)
-    print(scores.table(results))
-    print(f"Scores and sheets are in {output}.")
+        return results
+    results, sheets = suite(arguments)
+    write(output, settings, results, sheets)
+    return results
 
 
 # --- Suites -----------------------------------------------------------------------------------------------------------
