@@ -5,7 +5,7 @@
 The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
 `openmoji`: after stage 1; 8 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
 `openmoji_long`: after stage 1 of that name; all drawings at 64 pixels, every kind of edit, compositions and sequences.
-Hours on 2 CPU cores. Not trained to the end here.
+Sized for hours on 2 CPU cores. Not trained to the end here.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
 pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
 timesteps and guidance are Stable Diffusion 3's, the first rates are ours.

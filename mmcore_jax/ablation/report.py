@@ -245,7 +245,7 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
             rows.append((one, scale * difference.mean, abs(scale) * half if np.isfinite(half) else 0.0))
     if not rows:
         return False
-    figure, axes = _figure(8, 1 + 0.4 * len(rows))
+    figure, axes = _figure(9, 1.2 + 0.35 * len(rows))
     colours = {"better": "C2", "worse": "C3", "not reported": "C7"}
     for number, (one, mean, half) in enumerate(reversed(rows)):
         axes.errorbar(mean, number, xerr=half, fmt="o", color=colours[one.paper], capsize=3)
@@ -253,7 +253,8 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
         range(len(rows)), [f"{one.title}: {one.metrics[0].label}" for one, *_ in reversed(rows)], fontsize=8
     )
     axes.axvline(0, color="0.5", linewidth=0.8)
-    axes.set_xlabel("how much better the first is, % (green: better in the paper, red: worse, grey: not reported)")
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("how much better the first is, %\n(in the paper, green: better, red: worse, grey: not reported)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     return True

@@ -112,6 +112,7 @@ VARIANTS = {
     "queries_1": _queries(1),
     "queries_16": _queries(4),
     "queries_64": _queries(8),
+    # Where the paper began: under a frozen VLM, the flow loss alone teaches queries and connector.
     "no_alignment": Variant(
         {
             "stage2": {
@@ -155,7 +156,7 @@ EDIT_ACCURACY = Metric("right of six tones, drawn", "edits/edit_tone/{pathways}/
 SEQUENCE_ERROR = Metric("error of sequences / copying", "edits/sequence_tone/{pathways}/error_ratio", False)
 DRAWN = Metric("drawings, nearest of 100 by features", "text_to_image/trained/{pathways}/top1_features", True)
 DRAWN_PIXELS = Metric("drawings, nearest of 100 in pixels", "text_to_image/trained/{pathways}/top1_pixels", True)
-DRAWN_VISUAL = Metric("the same without text", "text_to_image/trained/visual/top1_features", True)
+DRAWN_VISUAL = Metric("drawings by features, without text", "text_to_image/trained/visual/top1_features", True)
 
 # --- Comparisons ------------------------------------------------------------------------------------------------------
 

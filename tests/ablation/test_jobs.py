@@ -164,7 +164,7 @@ def enter(monkeypatch, capsys, *arguments):
         ("--variants=lara", "there is no variant 'lara'; there are control, frozen_2"),
         ("--stage3.total_steps=1", "settings of a stage are written --STAGE.KEY=VALUE"),
         ("--stage1.total_step=1", "unknown key config.total_step in an override of configs/ablation.py"),
-        ("--config=configs/stage1.py", "configs/stage1.py has no recipe 'stage1'"),
+        ("--config=configs/stage1.py", "configs/stage1.py has no recipe 'stage2'"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, capsys, argument, message):
