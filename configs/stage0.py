@@ -3,6 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage0.py
 
 Only for recipes that have no pretrained vision encoder. `openmoji`: 2 CPU cores.
+`openmoji_long`: the same drawings at 64 pixels. Not trained to the end here.
 """
 
 import openmoji
@@ -65,4 +66,11 @@ def _smoke() -> ConfigDict:
     return config
 
 
-RECIPES = {"openmoji": _openmoji, "smoke": _smoke}
+def _openmoji_long() -> ConfigDict:
+    config = openmoji.lengthen(_openmoji())
+    config.update(total_steps=1500, batch_size=256)
+    config.checkpoint.every = 250
+    return config
+
+
+RECIPES = {"openmoji": _openmoji, "smoke": _smoke, "openmoji_long": _openmoji_long}

@@ -4,6 +4,7 @@
 
 Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
 `openmoji`: after stage 0; 3 minutes on 2 CPU cores; centred cosine 0.8 on trained captions, 0.3 on held-out ones.
+`openmoji_long`: after stage 0 of that name; 64 pixels, all edits, compositions, sequences. Not trained to the end here.
 `lora`: after `openmoji`, whose VLM it keeps and adapts to captions with low-rank matrices in every layer.
 `query_only`: after `openmoji`, whose VLM it freezes; new queries and a new connector learn to read it (MetaQueries).
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: published weights in `checkpoints/` and your shards in `data/` (see README), on
@@ -79,6 +80,19 @@ def _smoke() -> ConfigDict:
     config = _openmoji()
     config.update(recipe="smoke", total_steps=20, batch_size=4)
     config.init.vision_target = "runs/stage0-smoke"
+    return config
+
+
+def _openmoji_long() -> ConfigDict:
+    config = openmoji.lengthen(_openmoji())
+    config.update(total_steps=4000)
+    config.init.vision_target = "runs/stage0-openmoji_long"
+    sources = dict(text_to_image=3.0, edit_tone=2.0, edit_gender=1.0, edit_colour=0.7, compose=0.3, caption=0.5)
+    sources |= dict(sequence=0.3, sequence_tone=1.0)
+    config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
+    config.optimizer.warmup_steps = 200
+    config.checkpoint.every = 250
+    config.gauges = openmoji.gauges(1000, "caption", "text_to_image", "edit_tone", "edit_gender", "compose")
     return config
 
 
@@ -191,6 +205,7 @@ def _qwen25vl3b_frozen() -> ConfigDict:
 RECIPES = {
     "openmoji": _openmoji,
     "smoke": _smoke,
+    "openmoji_long": _openmoji_long,
     "lora": _lora,
     "query_only": _query_only,
     "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),

@@ -4,6 +4,8 @@
 
 The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
 `openmoji`: after stage 1; 8 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
+`openmoji_long`: after stage 1 of that name; all drawings at 64 pixels, every kind of edit, compositions and sequences.
+Sized for hours on 2 CPU cores. Not trained to the end here.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
 pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
 timesteps and guidance are Stable Diffusion 3's, the rate at which condition images are dropped is InstructPix2Pix's 5%
@@ -49,6 +51,8 @@ def _openmoji() -> ConfigDict:
                     position_base=8,
                     query_gain=2.0,
                     prediction="x0",
+                    visibility="block_causal",
+                    clean_visual=False,
                 ),
                 autoencoder=dict(kind="pixel"),
                 frames=None,
@@ -121,6 +125,20 @@ def _smoke() -> ConfigDict:
     config.update(recipe="smoke", total_steps=20, batch_size=4)
     config.telemetry.sample_every = 0
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-smoke"))
+    return config
+
+
+def _openmoji_long() -> ConfigDict:
+    config = openmoji.lengthen(_openmoji())
+    config.update(total_steps=10_000, batch_size=16)
+    config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-openmoji_long"))
+    sources = dict(text_to_image=12.0, edit_tone=4.0, edit_gender=3.0, edit_colour=2.0, compose=1.0)
+    sources |= dict(sequence=1.0, sequence_tone=2.0)
+    config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
+    config.objectives.flow_matching.dropout.text.steps = 3000
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=300, ema_decay=0.999)
+    config.sampling.steps = 20
+    config.checkpoint.every, config.telemetry.sample_every = 250, 2500
     return config
 
 
@@ -230,6 +248,7 @@ def _qwen25vl7b_sd35l() -> ConfigDict:
 RECIPES = {
     "openmoji": _openmoji,
     "smoke": _smoke,
+    "openmoji_long": _openmoji_long,
     "qwen25vl3b_sd35m": _qwen25vl3b_sd35m,
     "qwen25vl7b_sd35l": _qwen25vl7b_sd35l,
 }

@@ -205,6 +205,8 @@ class MMDiT:
     The first `dual_layers` blocks also attend among the latents alone (SD3.5-medium). `qk_norm` puts an RMSNorm on
     queries and keys, whose initial scale of the queries is `query_gain`. `pooled_width` 0 means no pooled conditioning.
     The table has `position_grid` patches a side, numbered in steps of `position_base / position_grid`.
+    `visibility` is the attention rule between the images of a document (`nn/masks.py`). `clean_visual` adds to the
+    clean copy of an image what it looks like to the VLM, which the paper found harmful.
     """
 
     width: int
@@ -221,6 +223,10 @@ class MMDiT:
     position_base: int
     query_gain: float
     prediction: Literal["velocity", "x0"]
+    visibility: Literal["block_causal", "history_visual", "full"] = dataclasses.field(
+        default="block_causal", metadata={"of_weights": False}
+    )
+    clean_visual: bool = dataclasses.field(default=False, metadata={"of_weights": False})
 
 
 @dataclasses.dataclass(frozen=True)

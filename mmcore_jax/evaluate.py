@@ -35,8 +35,14 @@ FEATURE_SIZE = 128
 
 @door
 def main(argv: Sequence[str]) -> None:
-    """Reads the command line, evaluates unless that is done, writes and prints the scores."""
+    """Reads the command line, evaluates, prints the scores."""
     arguments = _parser().parse_args(argv)
+    print(scores.table(evaluate(arguments)))
+    print(f"Scores and sheets are in {arguments.workdir / 'evaluation'}.")
+
+
+def evaluate(arguments: argparse.Namespace) -> Scores:
+    """Evaluates a run as the command line says, and writes the scores, unless they are there."""
     if arguments.cases < 1 or (arguments.steps is not None and arguments.steps < 1):
         raise UserError("--cases and --steps must be at least 1.")
     config = config_lib.from_json(arguments.workdir / "config.json")
@@ -46,11 +52,10 @@ def main(argv: Sequence[str]) -> None:
     results = read(output, settings)
     if results is not None:
         print(f"{output} is done already.")
-    else:
-        results, sheets = suite(arguments)
-        write(output, settings, results, sheets)
-    print(scores.table(results))
-    print(f"Scores and sheets are in {output}.")
+        return results
+    results, sheets = suite(arguments)
+    write(output, settings, results, sheets)
+    return results
 
 
 # --- Suites -----------------------------------------------------------------------------------------------------------

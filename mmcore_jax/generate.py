@@ -51,12 +51,14 @@ class Negative(NamedTuple):
 class Generator:
     """Generates the last image of each request.
 
-    With `converses`, what the VLM has read of a request that comes alone is kept for the next one.
+    With `converses`, what the VLM has read of a request that comes alone is kept for the next one; not where the
+    diffusion transformer is told of earlier images too, of which the hidden states are not kept.
     """
 
     def __init__(self, config: Config, model: MMCORE, tokenizer: Any, converses: bool = False) -> None:
         self._config, self._model = config, model
-        self._reader = Reader(model) if converses else None
+        told = config.model.dit.clean_visual or config.model.dit.visibility == "history_visual"
+        self._reader = Reader(model) if converses and not told else None
         self._sizes = layout.geometry(config.model, config.data)
         self._format = ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
@@ -115,9 +117,10 @@ class Generator:
     ) -> np.ndarray:
         """Images of one size, `[len(requests), height, width, 3]`."""
         sizes = layout.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
-        rows = [prepare(request, self._format, sizes) for request in requests]
+        history = self._config.model.dit.visibility == "history_visual"
+        rows = [prepare(request, self._format, sizes, history) for request in requests]
         others = [
-            row if words is None else prepare(negate(request, words), self._format, sizes)
+            row if words is None else prepare(negate(request, words), self._format, sizes, history)
             for row, request, words in zip(rows, requests, negatives)
         ]
         negated = np.array([words is not None for words in negatives])
@@ -165,8 +168,10 @@ def show_size(size: Size) -> str:
     return "{}x{}".format(*size)
 
 
-def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, list[Picture]]:
+def prepare(request: Example, chat: ChatFormat, sizes: Geometry, history: bool = False) -> tuple[Item, list[Picture]]:
     """A request as tokens, and the images that it gives; the image to come starts blank.
+
+    With `history`, what conditioned the earlier generated images is kept.
 
     Raises:
       UserError: if an image cannot be used.
@@ -174,7 +179,8 @@ def prepare(request: Example, chat: ChatFormat, sizes: Geometry) -> tuple[Item, 
     with _usable(request):
         item = layout.make_item(request, chat, sizes)
         *inputs, last = item.frames
-        inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
+        if not history:
+            inputs = [dataclasses.replace(frame, generate=False, text=[], queries=[]) for frame in inputs]
         pictures = [layout.picture(frame, sizes) for frame in inputs]
     item.frames = [*inputs, last]
     return item, [*pictures, Picture()]
@@ -211,16 +217,18 @@ def fit(items: Sequence[Item], sizes: Geometry) -> Budgets:
 
 def split(batch: Interleaved) -> tuple[Interleaved, Diffusion]:
     """The batch with the noised latent tokens `[B, S]` alone, and the clean ones `[B, M]`, which end in padding."""
-    part, images = batch.diffusion, batch.images.generated.shape[1]
-    size = part.latent_source.shape[1] // images
-    return batch._replace(diffusion=_keep(part, NOISED, size)), _keep(part, CLEAN, (images - 1) * size)
+    part, meta, generated = batch.diffusion, batch.diffusion.latent_meta, batch.images.generated
+    images = generated.shape[1]
+    last = images - 1 - np.argmax(generated[:, ::-1], axis=1)
+    to_come = (meta.kind == NOISED) & (meta.frame == last[:, None])
+    size = to_come.sum(axis=1).max()
+    return batch._replace(diffusion=_keep(part, to_come, size)), _keep(part, meta.kind == CLEAN, (images - 1) * size)
 
 
-def _keep(part: Diffusion, kind: int, length: int) -> Diffusion:
-    """The latent tokens of one kind, in their order, then padding up to `length`."""
-    meta = part.latent_meta
-    order = np.argsort(meta.kind != kind, axis=1, kind="stable")[:, :length]
-    meta = meta._replace(kind=np.where(meta.kind == kind, kind, PAD))
+def _keep(part: Diffusion, kept: np.ndarray, length: int) -> Diffusion:
+    """The latent tokens of those `kept`, bool `[B, T]`, in their order, then padding up to `length`."""
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :length]
+    meta = part.latent_meta._replace(kind=np.where(kept, part.latent_meta.kind, PAD))
     meta, source = jax.tree.map(lambda field: np.take_along_axis(field, order, axis=1), (meta, part.latent_source))
     return part._replace(latent_meta=meta, latent_source=source)
 
@@ -261,8 +269,8 @@ def denoise(
             theirs = other.text_embeddings, other.batch.diffusion
             text, part = jax.tree.map(lambda x, y: jnp.where(branches.drop_text[branch], y, x), (text, part), theirs)
             drop, meta = drop._replace(text=drop.text & ~negative.given[:, None]), part.context_meta
-        asked = batch._replace(diffusion=part)
-        return forward.model.condition(text, forward.visual_embeddings, asked, drop)._replace(meta=meta)
+        given = forward.visual_embeddings, batch._replace(diffusion=part), drop, forward.image_embeddings
+        return forward.model.condition(text, *given)._replace(meta=meta)
 
     conditions = jax.tree.map(lambda *branch: jnp.stack(branch), *map(condition, range(len(branches.weight))))
 
@@ -271,7 +279,8 @@ def denoise(
 
     latents = forward.latents
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
-    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta, batch.images.number)
+    added = None if conditions.clean is None else conditions.clean[0]  # the same in all branches
+    memory = forward.model.remember(tokens(latents, clean), clean.latent_meta, batch.images.number, added)
     noise = tokens(noise, batch.diffusion)
     drawn = integrate(forward.model, conditions, branches, noise, batch, timesteps, settings, memory)
     size = (side // model.config.autoencoder.downsampling for side in batch.images.pixels.shape[2:4])

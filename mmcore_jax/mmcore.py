@@ -12,13 +12,13 @@ tokens, I frames of a row, N query tokens, T latent tokens, M clean ones, P valu
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmcore_jax.bridge.conditioning import Condition, Drop, DualPathway
+from mmcore_jax.bridge.conditioning import Condition, Drop, DualPathway, mean
 from mmcore_jax.bridge.connector import make_connector
 from mmcore_jax.bridge.frames import FrameEmbedding
 from mmcore_jax.bridge.queries import LearnableQueries
@@ -38,6 +38,13 @@ from mmcore_jax.nn.patches import average_pool, patchify
 Params = dict[str, Any]
 
 
+class Beside(NamedTuple):
+    """Clean tokens `[B, M, P]` that have to run along, since they see what is drawn, and their metadata."""
+
+    tokens: jax.Array
+    meta: TokenMeta
+
+
 class MMCORE(nn.Module):
     """The composition of the parts of a stage."""
 
@@ -54,7 +61,8 @@ class MMCORE(nn.Module):
             self.vision_target = SiglipModel(model.vision_target, run)
         if model.dit:
             self.autoencoder = make_autoencoder(model.autoencoder, run)
-            self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run)
+            clean_width = model.dit.width if model.dit.clean_visual else 0
+            self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run, clean_width)
             self.dit = MMDiTModel(model.dit, run)
             if model.frames:
                 self.frames = FrameEmbedding(model.frames, model.dit.width, run)
@@ -72,7 +80,8 @@ class MMCORE(nn.Module):
         if self.config.dit:
             nothing = jnp.zeros(batch.images.generated.shape, bool)
             text = self.text_embeddings(hidden, batch)
-            condition = self.condition(text, visual, batch, Drop(nothing, nothing))
+            images = self.image_embeddings(hidden, batch)
+            condition = self.condition(text, visual, batch, Drop(nothing, nothing), images)
             clean = self.latents(batch.images.pixels)
             self.velocity(self.latent_tokens(clean, clean, batch), condition, jnp.zeros(nothing.shape), batch)
             self.autoencoder(batch.images.pixels)
@@ -120,13 +129,21 @@ class MMCORE(nn.Module):
         is_text = batch.diffusion.context_meta.kind == masks.TEXT
         return gather_tokens(hidden_states, jnp.where(is_text, batch.diffusion.context_source, 0))
 
-    def condition(self, text: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop) -> Condition:
+    def image_embeddings(self, hidden_states: jax.Array, batch: Interleaved) -> jax.Array:
+        """The mean hidden state over each image that the VLM sees, `[B, I, D]`; zero for others."""
+        meta, frames = batch.tokens.meta, jnp.arange(batch.images.generated.shape[1])[:, None]
+        members = (meta.frame[:, None] == frames) & (meta.kind == masks.IMAGE)[:, None]
+        return mean(hidden_states, members)
+
+    def condition(
+        self, text: jax.Array, visual: jax.Array, batch: Interleaved, drop: Drop, images: jax.Array | None = None
+    ) -> Condition:
         """What the diffusion transformer is conditioned on: each frame's text and visual embeddings."""
         meta, source = batch.diffusion.context_meta, batch.diffusion.context_source
         is_visual = meta.kind == masks.VISUAL
         flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         visual = gather_tokens(flat, jnp.where(is_visual, source, 0))
-        return self.conditioning(text, visual, meta, drop)
+        return self.conditioning(text, visual, meta, drop, images)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
         """Images `[B, I, height, width, 3]` as patches of latents, float32 `[B, I, patches, P]`."""
@@ -139,15 +156,24 @@ class MMCORE(nn.Module):
         both = both.reshape(both.shape[0], -1, both.shape[-1])
         return gather_tokens(both, source + jnp.where(meta.kind == masks.NOISED, both.shape[1] // 2, 0))
 
-    def remember(self, tokens: jax.Array, meta: TokenMeta, number: jax.Array) -> Memory:
+    def remember(
+        self, tokens: jax.Array, meta: TokenMeta, number: jax.Array, clean: jax.Array | None = None
+    ) -> Memory | Beside:
         """What clean tokens `[B, M, P]` are to noised ones: the same at every timestep and under every condition.
 
-        `number` `[B, I]` is that of the images in their documents.
+        `number` `[B, I]` is that of the images in their documents, `clean` that of any condition.
         """
+        if self.config.dit.visibility == "full":
+            return Beside(tokens, meta)
         t = jnp.zeros((tokens.shape[0], 1))
         width = self.config.dit.pooled_width
         pooled = jnp.zeros((*t.shape, width)) if width else None
-        return self.dit.remember(tokens, t, meta, masks.block_causal, pooled, self.identity(meta, number))
+        return self.dit.remember(tokens, t, meta, self._rule, pooled, self._added(meta, number, clean))
+
+    def _added(self, meta: TokenMeta, number: jax.Array, clean: jax.Array | None) -> jax.Array | None:
+        """What the embedded patches are told, `[B, T, D]`: which image they are of, and what clean ones look like."""
+        told = [each for each in (self.identity(meta, number), _of_clean_tokens(clean, meta)) if each is not None]
+        return sum(told) if told else None
 
     def identity(self, meta: TokenMeta, number: jax.Array) -> jax.Array | None:
         """Which image of its document each latent token is of, `[B, T, D]`; a frame that stands alone is its first."""
@@ -156,7 +182,12 @@ class MMCORE(nn.Module):
         return self.frames(jnp.where(meta.document < 0, 0, jnp.take_along_axis(number, meta.frame, axis=1)))
 
     def velocity(
-        self, tokens: jax.Array, condition: Condition, t: jax.Array, batch: Interleaved, memory: Memory | None = None
+        self,
+        tokens: jax.Array,
+        condition: Condition,
+        t: jax.Array,
+        batch: Interleaved,
+        memory: Memory | Beside | None = None,
     ) -> jax.Array:
         """The velocity of every latent token, float32 `[B, T, P]`.
 
@@ -168,16 +199,28 @@ class MMCORE(nn.Module):
           memory: of clean tokens that are not among `tokens`.
         """
         meta, context_meta = batch.diffusion.latent_meta, condition.meta or batch.diffusion.context_meta
+        if isinstance(memory, Beside):
+            part = batch.diffusion._replace(latent_meta=masks.concatenate(meta, memory.meta))
+            both = jnp.concatenate([tokens, memory.tokens], axis=1)
+            return self.velocity(both, condition, t, batch._replace(diffusion=part))[:, : tokens.shape[1]]
         if condition.alone is not None:
             meta, context_meta = (masks.alone(each, condition.alone) for each in (meta, context_meta))
         timesteps = jnp.concatenate([t, jnp.zeros_like(t[:, :1])], axis=1)
         slots = Slots(context_meta.frame, jnp.where(meta.kind == masks.NOISED, meta.frame, t.shape[1]))
         pooled = None if condition.pooled is None else jnp.pad(condition.pooled, ((0, 0), (0, 1), (0, 0)))
-        identity = self.identity(meta, batch.images.number)
-        given = slots, meta, context_meta, masks.block_causal, pooled, memory, identity
-        prediction = self.dit(tokens, condition.context, timesteps, *given)
+        given = tokens, condition.context, timesteps, slots, meta, context_meta, self._rule, pooled, memory
+        prediction = self.dit(*given, self._added(meta, batch.images.number, condition.clean))
         t_tokens = gather_tokens(timesteps, slots.latents)[..., None]
         return flow.to_velocity(prediction, tokens, t_tokens, self.config.dit.prediction)
+
+    @property
+    def _rule(self) -> masks.Rule:
+        return masks.DIFFUSION_RULES[self.config.dit.visibility]
+
+
+def _of_clean_tokens(clean: jax.Array | None, meta: TokenMeta) -> jax.Array | None:
+    """Of each frame's `[B, I, D]` what its clean tokens get, `[B, T, D]`; the noised ones get zero."""
+    return None if clean is None else (meta.kind == masks.CLEAN)[..., None] * gather_tokens(clean, meta.frame)
 
 
 class Forward:
@@ -199,6 +242,11 @@ class Forward:
     def text_embeddings(self) -> jax.Array:
         given = self.batch.features.text
         return self.model.text_embeddings(self.hidden_states, self.batch) if given is None else given
+
+    @functools.cached_property
+    def image_embeddings(self) -> jax.Array | None:
+        wanted = self.model.config.dit.clean_visual
+        return self.model.image_embeddings(self.hidden_states, self.batch) if wanted else None
 
     @functools.cached_property
     def latents(self) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.nn.masks import CLEAN, PAD, TokenMeta
+from mmcore_jax.nn.masks import CLEAN, PAD, VISUAL, TokenMeta
 
 Token = TokenMeta
 """One token: a `TokenMeta` of ints."""
@@ -30,6 +30,20 @@ def may_see_diffusion(q: Token, k: Token) -> bool:
     if k.kind == CLEAN:
         return k.frame < q.frame
     return k.frame == q.frame
+
+
+def may_see_history(q: Token, k: Token) -> bool:
+    """That, and the visual embeddings of earlier frames."""
+    seen = q.kind != CLEAN and k.kind == VISUAL and q.document == k.document and k.frame < q.frame
+    return seen or may_see_diffusion(q, k)
+
+
+def may_see_document(q: Token, k: Token) -> bool:
+    """Everything in one's own document."""
+    return k.kind != PAD and q.document == k.document
+
+
+DIFFUSION = {"block_causal": may_see_diffusion, "history_visual": may_see_history, "full": may_see_document}
 
 
 def visibility(may_see: Callable[[Token, Token], bool], q_meta: TokenMeta, k_meta: TokenMeta) -> np.ndarray:

@@ -27,9 +27,12 @@ from mmcore_jax.nn.patches import unpatchify
 from tests import tiny
 
 PICTURES = [tiny.drawing(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]
+TOLD = ["model.dit.depth=4", "model.dit.dual_layers=2", "model.frames={'count': 4}"]
 NETWORKS = {
-    "looped": ["model.dit.depth=4", "model.dit.dual_layers=2", "model.frames={'count': 4}"],
+    "looped": TOLD,
     "unrolled": ["model.dit.depth=4", "model.dit.dual_layers=2", "execution.scan_layers=False"],
+    "clean_visual": [*TOLD, "model.dit.clean_visual=True"],
+    "full": [*TOLD, "model.dit.clean_visual=True", "model.dit.visibility=full"],
     "blockwise": ["model.dit.pooled_width=0", "model.dit.position=rotary", "execution.attention=blockwise"],
 }
 
@@ -132,19 +135,19 @@ def plain(model, params, batch, branches, keys, timesteps, negated=None, given=(
     noised = batch.diffusion.latent_meta.kind == NOISED
 
     @jax.jit
-    def velocity(params, tokens, batch, visual, drop, t):
+    def velocity(params, tokens, batch, visual, images, drop, t):
         forward = Forward(model, params, batch)
-        condition = forward.model.condition(forward.text_embeddings, visual, batch, drop)
+        condition = forward.model.condition(forward.text_embeddings, visual, batch, drop, images)
         return forward.model.velocity(tokens, condition, jnp.full(shape, t), batch)
 
     def of_branch(tokens, dropped, t):
         drop = Drop(*(jnp.full(shape, each) for each in dropped))
         if negated is None or not dropped[0]:
-            return velocity(params, tokens, batch, visual, drop, t)
+            return velocity(params, tokens, batch, *seen, drop, t)
         drop = drop._replace(text=~given[:, None] & drop.text)
-        return velocity(params, tokens, negated, visual, drop, t)
+        return velocity(params, tokens, negated, *seen, drop, t)
 
-    visual = forward.visual_embeddings
+    seen = forward.visual_embeddings, forward.image_embeddings
     for now, later in itertools.pairwise(timesteps):
         velocities = [of_branch(tokens, dropped, now) for dropped in zip(*branches[:3])]
         guided = sum(weight * each for weight, each in zip(branches.weight, velocities))
@@ -239,13 +242,40 @@ def test_what_a_negative_prompt_replaces():
     assert negated["segments"] == [*turn, image(b"given"), text("four"), image(b"to come", generate=True)]
 
 
-@pytest.mark.parametrize("alone", [[False, False, False], [False, True, False]])
-def test_training_is_sampling(data, alone):
+def test_visible_history_conditions_the_next_image(data):
+    """Only by an image that was generated itself: what is merely given has no visual embeddings.
+
+    In a conversation too, where the same request comes twice.
+    """
+    config, _, params = load(data)
+    told = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, visibility="history_visual"))
+    others = dataclasses.replace(config, model=told)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    generators = [
+        Generator(each, MMCORE(each.model, each.execution), tokenizer, converses=True) for each in (config, others)
+    ]
+    given = request(PICTURES[:2])
+    drawn = {**given, "segments": [{**given["segments"][0]}, {**given["segments"][1], "generate": True}]}
+    drawn["segments"] += given["segments"][2:]
+    without, with_history = (
+        [generator(params, [one], config.sampling)[0].astype(int) for one in (given, drawn, drawn)]
+        for generator in generators
+    )
+    assert np.abs(without[0] - with_history[0]).max() <= 1
+    assert np.abs(without[1] - with_history[1]).max() > 5
+    assert np.abs(with_history[1] - with_history[2]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("network", "alone"),
+    [("looped", [False] * 3), ("looped", [False, True, False]), ("clean_visual", [False, True, False])],
+)
+def test_training_is_sampling(data, network, alone):
     """Frames of a document that are trained at once have the velocities of frames that are asked for one by one.
 
     So has one that loses its condition images, between two that do not.
     """
-    config, model, params = load(data, *NETWORKS["looped"])
+    config, model, params = load(data, *NETWORKS[network])
     segments = [example_lib.image(PICTURES[0])]
     for number in range(1, 4):
         segments += [example_lib.text(f"number {number}"), example_lib.image(PICTURES[number], generate=True)]
@@ -260,7 +290,7 @@ def test_training_is_sampling(data, alone):
     def condition(forward, batch, alone):
         nothing = jnp.zeros(batch.images.generated.shape, bool)
         states = forward.text_embeddings, forward.visual_embeddings
-        return forward.model.condition(*states, batch, Drop(nothing, nothing, alone))
+        return forward.model.condition(*states, batch, Drop(nothing, nothing, alone), forward.image_embeddings)
 
     @jax.jit
     def trained(params):
@@ -279,7 +309,7 @@ def test_training_is_sampling(data, alone):
         latents = forward.model.latents(batch.images.pixels)
         latents = gather_tokens(latents.reshape(3, -1, latents.shape[-1]), clean.latent_source)
         given = condition(forward, batch, np.tile(alone, (4, 1)).T), jnp.tile(t, (3, 1)), batch
-        memory = forward.model.remember(latents, clean.latent_meta, batch.images.number)
+        memory = forward.model.remember(latents, clean.latent_meta, batch.images.number, given[0].clean)
         return [forward.model.velocity(tokens, *given, memory=each) for each in (memory, None)]
 
     noised, velocities = trained(params)

@@ -35,27 +35,34 @@ class Drop(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the diffusion transformer is conditioned on. `pooled` is None where it takes no pooled conditioning.
+    """What the diffusion transformer is conditioned on; None where it takes no such thing.
 
-    `alone`: frames without their condition images, None where there are none. `meta`: of the context, None where that
-    is the one of the batch.
+    `alone`: frames without their condition images. `meta`: of the context, None where that is the one of the batch.
+    `clean` is added to the clean patches of each frame.
     """
 
     context: jax.Array  # [B, L, width]
     pooled: jax.Array | None  # [B, I, pooled_width]
     alone: jax.Array | None = None  # bool [B, I]
     meta: TokenMeta | None = None  # [B, L]
+    clean: jax.Array | None = None  # [B, I, clean_width]
 
 
 class DualPathway(nn.Module):
-    """Projects both pathways to the context of the diffusion transformer, and their means in each frame to `pooled`."""
+    """Projects both pathways to the context of the diffusion transformer, and their means in each frame to `pooled`.
+
+    With a `clean_width`, what images look like to the VLM goes to `clean`, through a projection that starts at zero.
+    """
 
     width: int
     pooled_width: int
     execution: Execution
+    clean_width: int = 0
 
     @nn.compact
-    def __call__(self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop) -> Condition:
+    def __call__(
+        self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop, images: jax.Array | None = None
+    ) -> Condition:
         """Returns the condition.
 
         Args:
@@ -63,17 +70,23 @@ class DualPathway(nn.Module):
           visual: `[B, L, D_visual]`, read where it is VISUAL.
           meta: of the context tokens.
           drop: what each frame loses; tokens of a pathway become its null embedding.
+          images: `[B, I, D_vlm]` of the images themselves, if they have a `clean_width`.
         """
+        dtype, clean = jnp.dtype(self.execution.compute_dtype), None
+        if self.clean_width:
+            project = Dense(
+                self.clean_width, ("embed", None), True, dtype, nn.initializers.zeros, name="clean_projection"
+            )
+            clean = project(RMSNorm(name="clean_norm")(images))
         text = self._pathway(text, gather_tokens(drop.text, meta.frame), "text")
         visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual")
         context = jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
         if not self.pooled_width:
-            return Condition(context, None, drop.images)
+            return Condition(context, None, drop.images, clean=clean)
         frames = meta.frame[:, None] == jnp.arange(drop.text.shape[1])[:, None]
-        means = [_mean(context, frames & (meta.kind == kind)[:, None]) for kind in (masks.TEXT, masks.VISUAL)]
-        dtype = jnp.dtype(self.execution.compute_dtype)
+        means = [mean(context, frames & (meta.kind == kind)[:, None]) for kind in (masks.TEXT, masks.VISUAL)]
         pooled = Dense(self.pooled_width, ("embed", None), True, dtype, name="pooled_projection")
-        return Condition(context, pooled(jnp.concatenate(means, axis=-1)), drop.images)
+        return Condition(context, pooled(jnp.concatenate(means, axis=-1)), drop.images, clean=clean)
 
     def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
@@ -82,7 +95,7 @@ class DualPathway(nn.Module):
         return jnp.where(dropped[..., None], null.astype(x.dtype), x)
 
 
-def _mean(x: jax.Array, members: jax.Array) -> jax.Array:
+def mean(x: jax.Array, members: jax.Array) -> jax.Array:
     """Means of x `[B, L, D]` over each set of `members`, bool `[B, I, L]`; zero for an empty one."""
     weights = members / jnp.maximum(jnp.sum(members, axis=-1, keepdims=True), 1)
     return weights.astype(x.dtype) @ x

@@ -14,7 +14,8 @@ A directory that `build` has written holds
     metadata.json                                counts, size, sources, licence and attribution
 
 Example ids keep the roles: `text_to_image/{hexcode}/{variant}`, `caption/{hexcode}/{variant}`,
-`edit_tone/{family}/{source}>{target}/{variant}` (and `edit_gender`, `edit_colour`) and `compose/{a}+{b}>{target}`.
+`edit_tone/{family}/{source}>{target}/{variant}` (and `edit_gender`, `edit_colour`), `compose/{a}+{b}>{target}` and
+`sequence/{family}/{first}>{second}>{third}/{variant}` (and `sequence_tone`), documents that generate the last two.
 
 The split is by base concept, see `base_concept` and `split_of`: a concept that is held out is absent from every
 training example, as an input and as a target.
@@ -47,8 +48,10 @@ from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
 from mmcore_jax.progress import Progress
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
+SEQUENCES = ("sequence", "sequence_tone")
 TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
+TASKS += SEQUENCES
 SPLITS = ("train", "held_out")
 ATTRIBUTION = "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0."
 LICENCE = "CC-BY-SA-4.0"
@@ -265,8 +268,9 @@ class Family:
 
 
 def list_families(drawings: dict[str, Drawing]) -> list[Family]:
-    """Returns the families of skin tone, gender and colour edits among the drawings."""
-    return [*_tone_families(drawings), *_gender_families(drawings), *_colour_families(drawings)]
+    """Returns the families of skin tone, gender and colour edits among the drawings, and those of `sequence`."""
+    edits = [*_tone_families(drawings), *_gender_families(drawings), *_colour_families(drawings)]
+    return [*edits, *_sequence_families(drawings)]
 
 
 def _family(name: str, task: str, noun: str, members: dict[str, str], drawings: dict[str, Drawing]) -> Family:
@@ -310,6 +314,19 @@ def _colour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
         yield _family(f"colour-{name}", "edit_colour", shape, members, drawings)
 
 
+# What follows what, and the first again after the last: clock faces every half an hour, phases of the moon.
+_SEQUENCES = {
+    "clock": [f"{face + half:X}" for face in range(0x1F550, 0x1F55C) for half in (0, 12)],
+    "moon": [f"{phase:X}" for phase in range(0x1F311, 0x1F319)],
+}
+
+
+def _sequence_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
+    for name, hexcodes in _SEQUENCES.items():
+        members = {hexcode: drawings[hexcode].name for hexcode in hexcodes if hexcode in drawings}
+        yield _family(name, "sequence", "", members, drawings)
+
+
 # --- Examples ---------------------------------------------------------------------------------------------------------
 
 Item = tuple[str, str, examples_lib.Example]  # task, split, example
@@ -333,7 +350,12 @@ def list_examples(
             yield from _text_to_image("text_to_image", drawing, pngs)
             yield from _caption(drawing, pngs)
     for family in families:
+        if family.task == "sequence":
+            yield from _sequence(family, drawings, pngs)
+            continue
         yield from _edits(family, pngs)
+        if family.task == "edit_tone":
+            yield from _tone_scales(family, pngs)
     yield from _compositions(drawings, pngs)
 
 
@@ -371,6 +393,38 @@ def _edits(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
                 examples_lib.text(request),
                 examples_lib.image(pngs[target], generate=True),
             )
+
+
+def _sequence(family: Family, drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Iterator[Item]:
+    """Every three in a row, asked for by what comes next alone, and by its name."""
+    for start in range(len(family.members)):
+        three = [family.members[(start + i) % len(family.members)] for i in range(3)]
+        split = _strictest([drawings[hexcode].split for hexcode, _ in three])
+        for variant, requests in enumerate(words.steps(family.name, [name for _, name in three[1:]])):
+            yield _document(
+                split, f"sequence/{family.name}", [hexcode for hexcode, _ in three], requests, variant, pngs
+            )
+
+
+def _tone_scales(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
+    """Every three in a row of the scale, up and down."""
+    by_tone = {tone: hexcode for hexcode, tone in family.members}
+    scale = [by_tone[tone] for tone in TONES.values() if tone in by_tone]
+    for way, hexcodes in (("darker", scale), ("lighter", scale[::-1])):
+        for start in range(len(hexcodes) - 2):
+            three = hexcodes[start : start + 3]
+            (requests,) = words.steps(way, [""] * 2)
+            yield _document(family.split, f"sequence_tone/{family.name}", three, requests, 0, pngs)
+
+
+def _document(
+    split: str, name: str, hexcodes: list[str], requests: list[str], variant: int, pngs: dict[str, bytes]
+) -> Item:
+    """A drawing that is given, then a request before each that is to be generated."""
+    segments = [examples_lib.image(pngs[hexcodes[0]])]
+    for request, hexcode in zip(requests, hexcodes[1:]):
+        segments += [examples_lib.text(request), examples_lib.image(pngs[hexcode], generate=True)]
+    return _item(split, f"{name}/{'>'.join(hexcodes)}/{variant}", *segments)
 
 
 def _compositions(drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Iterator[Item]:
@@ -529,6 +583,8 @@ def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
     texts = []
     for task, split, example in list_examples(drawings, families, core, pngs):
         groups[task, split].append(examples_lib.encode(example))
+        if task in SEQUENCES:
+            continue  # they came later, and the tokenizer stays what it was
         texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     for (task, split), records in progress(groups.items(), len(groups), "writing"):
         _write_shards(directory, f"{task}-{split}", records)

@@ -193,6 +193,12 @@ _COMPOSITIONS = (
     "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
     "merge them into {a}", "combine the two", "make {a} from these",
 )  # fmt: skip
+_STEPS = {
+    "clock": "half an hour later",
+    "moon": "the next phase of the moon",
+    "darker": "make the skin one tone darker",
+    "lighter": "make the skin one tone lighter",
+}
 
 
 def captions(name: str, aliases: Sequence[str], key: str) -> list[str]:
@@ -242,6 +248,16 @@ def instructions(task: str, noun: str, source: str, target: str, key: str) -> li
 def composition(name: str, key: str) -> str:
     """Returns the text that asks to make what is called `name` from two drawings; `key` chooses among the wordings."""
     return _choose(_wordings(_COMPOSITIONS, a=with_article(name), name=name), key)
+
+
+def steps(kind: str, names: Sequence[str]) -> list[list[str]]:
+    """Returns texts that ask for each of the next drawings of a sequence called `names`: by the step, and by the name.
+
+    A step of the scale of skin tones, of the `kind` "darker" or "lighter", has no name.
+    """
+    step = _STEPS[kind]
+    named = [[f"next, {with_article(name)}" for name in names]] if all(names) else []
+    return [[step] * len(names), *named]
 
 
 def _wordings(templates: Sequence[str], **fields: str) -> list[str]:

@@ -149,6 +149,9 @@ class Reader:
     ) -> tuple[layout.Item, str | None]:
         """An example as tokens, and the budget that it exceeds."""
         item = layout.make_item(example, self._chat, sizes, self._user_text, text_limit)
+        dit = self._config.model.dit
+        if dit and dit.visibility == "full" and sum(frame.generate for frame in item.frames) > 1:
+            raise BadExample("generates several images, which config.model.dit.visibility 'full' shows each other")
         return item, layout.exceeded(layout.lengths(item, sizes), self._data.budgets)
 
 

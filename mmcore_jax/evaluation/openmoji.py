@@ -26,8 +26,8 @@ from mmcore_jax.progress import Progress
 CANDIDATES = 100
 FLOW_EXAMPLES = 32
 PATHWAYS = ("both", "text", "visual")
-# The pathways that each kind of edit is drawn by. Kinds that a run has not trained on are left out.
-EDITS = {"edit_tone": PATHWAYS, "edit_gender": ("both",), "edit_colour": ("both",), "compose": ("both",)}
+# Kinds of edits; those that a run has not trained on are left out.
+SINGLE, MULTIPLE = ("edit_tone", "edit_gender", "edit_colour"), ("compose", *openmoji.SEQUENCES)
 VISIBLE = 8  # of 255: a pixel has changed where a channel differs by more
 
 Draw = Callable[[Sequence[Example], str], np.ndarray]  # (requests, pathways) -> uint8 [n, S, S, 3]
@@ -131,7 +131,7 @@ def caption_sets(data: Drawings, trained_on: Sequence[Example]) -> dict[str, lis
 def present_edits(trained_on: Sequence[Example]) -> list[str]:
     """The kinds of edits among the examples of a run."""
     tasks = {example["task"] for example in trained_on}
-    return [task for task in EDITS if task in tasks]
+    return [task for task in SINGLE + MULTIPLE if task in tasks]
 
 
 def shuffled(examples: Sequence[Example], seed: int, name: str) -> list[Example]:
@@ -179,7 +179,8 @@ class Edit:
     """A request for an edit, and the images among which the right one is to be recognised."""
 
     request: Example
-    source: np.ndarray  # [S, S, 3], the first of its inputs
+    inputs: np.ndarray  # [I, S, S, 3]
+    source: np.ndarray  # [S, S, 3], the first of them; of a sequence the last
     target: np.ndarray  # [S, S, 3]
     members: np.ndarray  # [M, S, S, 3]
     answer: int
@@ -199,15 +200,16 @@ def choose_edits(data: Drawings, task: str, cases: int, seed: int) -> list[Edit]
 
 
 def _make_edit(data: Drawings, example: Example, members: list[bytes]) -> Edit:
-    source, target = data.decode([images(example)[0], images(example)[-1]])
-    return Edit(example, source, target, data.decode(members), members.index(images(example)[-1]))
+    *inputs, target = data.decode(images(example))
+    source = inputs[-1 if example["task"] in openmoji.SEQUENCES else 0]
+    return Edit(example, np.stack(inputs), source, target, data.decode(members), members.index(images(example)[-1]))
 
 
 def draw_all(quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], draw: Draw, progress: Progress) -> Drawn:
     """Draws every request by the pathways that its set is scored for."""
     jobs = {(name, pathways): quiz.requests for name, quiz in quizzes.items() for pathways in PATHWAYS}
     for task, chosen in edits.items():
-        jobs |= {(task, pathways): [edit.request for edit in chosen] for pathways in EDITS[task]}
+        jobs |= {(task, pathways): [edit.request for edit in chosen] for pathways in PATHWAYS}
     return {job: draw(requests, job[1]) for job, requests in progress(jobs.items(), len(jobs), "drawing")}
 
 
@@ -239,7 +241,7 @@ def score_quiz(name: str, quiz: Quiz, drawn: Drawn, extract: Extract) -> dict[st
 
 def score_edits(task: str, edits: list[Edit], drawn: Drawn) -> dict[str, Score]:
     """Scores what was drawn by each pathway, and copying the source."""
-    columns = {pathways: drawn[task, pathways] for pathways in EDITS[task]}
+    columns = {pathways: drawn[task, pathways] for pathways in PATHWAYS}
     columns["copy"] = np.stack([edit.source for edit in edits])
     result = {
         f"{column}/{name}": score
@@ -331,7 +333,7 @@ def _flat_cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def score_flow(run: Run, quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], cases: int, seed: int) -> Sets:
     """The flow loss by bins of the timestep, with either pathway dropped, both or none."""
-    one_input = [[edit.request for edit in chosen] for task, chosen in edits.items() if task != "compose"]
+    one_input = [[edit.request for edit in chosen] for task, chosen in edits.items() if task in SINGLE]
     sets = {
         "trained": quizzes["trained"].requests if "trained" in quizzes else [],
         "held_out_edits": round_robin(one_input),
@@ -371,12 +373,14 @@ def quiz_rows(quizzes: dict[str, Quiz], drawn: Drawn) -> list[list[Cell]]:
 
 
 def edit_rows(edits: dict[str, list[Edit]], drawn: Drawn) -> list[list[Cell]]:
-    """Cases of each kind: the source above its instruction, what was drawn by both pathways, the truth."""
+    """Cases of each kind: what is given above the instruction, what was drawn by both pathways, the truth."""
     rows = []
     for task, chosen in edits.items():
         cells = []
         for edit, picture in zip(chosen[:_EDITS_SHOWN], drawn[task, "both"]):
-            cells.append([(edit.source, caption(edit.request)), (picture, "drawn"), (edit.target, "truth")])
+            given = [(image, "") for image in edit.inputs[1:]]
+            first = edit.inputs[0], caption(edit.request)
+            cells.append([first, *given, (picture, "drawn"), (edit.target, "truth")])
         rows += _abreast(cells)
     return rows
 

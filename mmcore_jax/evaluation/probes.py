@@ -40,7 +40,7 @@ def predicted_embeddings(run: Run, requests: Sequence[Example], batch_size: int 
     settings = run.config.objectives.alignment
 
     def predict(params: Params, batch: Interleaved) -> jax.Array:
-        return of_first_generated(centred(Forward(run.model, params, batch), settings), batch)
+        return of_last_generated(centred(Forward(run.model, params, batch), settings), batch)
 
     predict = jax.jit(predict)
     batches = _batches(run, requests, min(batch_size, len(requests)))
@@ -52,9 +52,10 @@ def centred(forward: Forward, settings: Alignment) -> jax.Array:
     return forward.visual_embeddings if settings.center else forward.visual_embeddings - forward.target_mean
 
 
-def of_first_generated(values: jax.Array, batch: Interleaved) -> jax.Array:
-    """Of values of images `[B, I, ...]` those of the first generated one of each row, `[B, ...]`."""
-    return values[jnp.arange(batch.row.size), jnp.argmax(batch.images.generated, axis=1)]
+def of_last_generated(values: jax.Array, batch: Interleaved) -> jax.Array:
+    """Of values of images `[B, I, ...]` those of the last generated one of each row, `[B, ...]`."""
+    generated = batch.images.generated
+    return values[jnp.arange(batch.row.size), generated.shape[1] - 1 - jnp.argmax(generated[:, ::-1], axis=1)]
 
 
 def target_embeddings(run: Run, images: np.ndarray) -> np.ndarray:

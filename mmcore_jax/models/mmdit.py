@@ -68,7 +68,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None = None,
         memory: Memory | None = None,
-        identity: jax.Array | None = None,
+        added: jax.Array | None = None,
     ) -> jax.Array:
         """Returns float32 `[B, S, P]`.
 
@@ -81,13 +81,13 @@ class MMDiTModel(nn.Module):
           rule: who may attend to whom.
           pooled: `[B, T or 1, pooled_width]` of each timestep slot, if the network has pooled conditioning.
           memory: more latent tokens to attend to, from `remember`.
-          identity: `[B, S, D]`, is added to the embedded latents.
+          added: `[B, S, D]`, to the embedded patches.
 
         Raises:
           UserError: if the sizes of the config do not fit each other.
         """
-        given = timesteps, slots, latent_meta, context_meta, rule, pooled, memory, identity
-        return self._run(latents, context, *given)[0]
+        given = latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled
+        return self._run(*given, memory, added)[0]
 
     def remember(
         self,
@@ -96,15 +96,14 @@ class MMDiTModel(nn.Module):
         latent_meta: TokenMeta,
         rule: Rule,
         pooled: jax.Array | None = None,
-        identity: jax.Array | None = None,
+        added: jax.Array | None = None,
     ) -> Memory:
         """Runs latents that see no context and no other latents; arguments as above, but with one timestep slot."""
         context = jnp.zeros((latents.shape[0], 0, self.config.context_width))
         context_meta = jax.tree.map(lambda field: field[:, :0], latent_meta)
         slots = Slots(context_meta.frame, jnp.zeros_like(latent_meta.frame))
-        blocks = self._run(
-            latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled, None, identity, remembers=True
-        )[1]
+        given = latents, context, timesteps, slots, latent_meta, context_meta, rule, pooled
+        blocks = self._run(*given, None, added, remembers=True)[1]
         return Memory(latent_meta, blocks)
 
     @nn.compact
@@ -119,7 +118,7 @@ class MMDiTModel(nn.Module):
         rule: Rule,
         pooled: jax.Array | None,
         memory: Memory | None,
-        identity: jax.Array | None,
+        added: jax.Array | None,
         remembers: bool = False,
     ) -> tuple[jax.Array, dict[str, Remembered | None]]:
         """The prediction, and what each stack of blocks `remembers`."""
@@ -128,8 +127,8 @@ class MMDiTModel(nn.Module):
         x = Dense(c.width, (None, "embed"), True, dtype, name="patch_embed")(latents)
         if "sincos" in c.position:
             x = x + sincos_positions(c, latent_meta).astype(dtype)
-        if identity is not None:
-            x = x + identity
+        if added is not None:
+            x = x + added
         y = Dense(c.width, (None, "embed"), True, dtype, name="context_embed")(context)
         condition = self._condition(timesteps, pooled, dtype)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from mmcore_jax.nn.tokens import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL, TokenMeta
 
 __all__ = ["CLEAN", "IMAGE", "NOISED", "PAD", "QUERY", "TEXT", "VISUAL", "TokenMeta"]
-__all__ += ["Rule", "alone", "block_causal", "causal", "concatenate", "plain_meta"]
-__all__ += ["same_document", "same_frame", "same_window"]
+__all__ += ["DIFFUSION_RULES", "Rule", "alone", "block_causal", "causal", "concatenate", "history_visual"]
+__all__ += ["plain_meta", "same_document", "same_frame", "same_window"]
 
 Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
 
@@ -36,7 +36,7 @@ def alone(meta: TokenMeta, frames: jax.Array) -> TokenMeta:
     """Metadata in which NOISED, TEXT and VISUAL of the `frames` that are marked, bool `[B, I]`, see no other frame.
 
     They become a document by themselves, of a negative number; CLEAN of these frames stays where it is, for those that
-    look back at it.
+    look back at it. Nor do others see VISUAL of these, by any rule.
     """
     marked = jnp.take_along_axis(frames, meta.frame, axis=1) & (meta.kind != CLEAN)
     return meta._replace(document=jnp.where(marked, -1 - meta.frame, meta.document))
@@ -77,3 +77,21 @@ def block_causal(q: TokenMeta, k: TokenMeta) -> jax.Array:
     )
     remembering = (q.kind == CLEAN) & (k.kind == CLEAN) & (k.frame <= q.frame)
     return same_document(q, k) & (generating | remembering)
+
+
+def history_visual(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """The same, but a frame also sees VISUAL of the frames before it, which the paper found harmful.
+
+    What those saw of their own frame reaches it so, indirectly; a noised copy of it there is in training only.
+    """
+    history = (q.kind != CLEAN) & (k.kind == VISUAL) & (k.frame < q.frame)
+    return block_causal(q, k) | (same_document(q, k) & history)
+
+
+# By `config.model.dit.visibility`. "full" hides nothing: clean images see what is drawn from them, so that a document
+# can generate one image only.
+DIFFUSION_RULES: dict[str, Rule] = {
+    "block_causal": block_causal,
+    "history_visual": history_visual,
+    "full": same_document,
+}

@@ -47,7 +47,8 @@ def squared_errors(forward: Forward, t: jax.Array, noise_keys: jax.Array, drop: 
     noised = flow.interpolate(clean, noise, t[..., None, None])
     target = model.latent_tokens(clean, flow.velocity_target(clean, noise), batch)
 
-    condition = model.condition(forward.text_embeddings, forward.visual_embeddings, batch, drop)
+    given = forward.text_embeddings, forward.visual_embeddings, batch, drop, forward.image_embeddings
+    condition = model.condition(*given)
     velocity = model.velocity(model.latent_tokens(clean, noised, batch), condition, t, batch)
     is_noised = batch.diffusion.latent_meta.kind == masks.NOISED
     return is_noised * jnp.mean(jnp.square(velocity - target), axis=-1)

@@ -63,7 +63,7 @@ _KERNELS = (
     ("vision_target/text/.*", "vision_target", "target_tokens"),
     ("conditioning/text_.*", "conditioning", "context_text"),
     ("conditioning/visual_.*", "conditioning", "context_visual"),
-    ("conditioning/pooled_.*", "conditioning", "generated"),
+    ("conditioning/(pooled|clean)_.*", "conditioning", "generated"),  # about as many images are looked back at
     ("dit/pooled_embed/.*", "dit", "generated"),
     ("dit/(timestep_embed|norm_out|.*/[xy]_modulation)/.*", "dit", "timesteps"),
     ("dit/(context_embed|.*/y_[a-z]+)/.*", "dit", "context"),
@@ -231,10 +231,11 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
         yield "vision_target", _scores(target.width, target.depth, images * _patches(target) ** 2)
     if active.flow_matching:
         context, latents = batch.diffusion.context_meta, batch.diffusion.latent_meta
+        rule = masks.DIFFUSION_RULES[model.dit.visibility]
         joint = TokenMeta(*(np.concatenate(fields, axis=1) for fields in zip(context, latents)))
-        yield "dit", _scores(model.dit.width, model.dit.depth, attention_pairs(joint, joint, masks.block_causal))
+        yield "dit", _scores(model.dit.width, model.dit.depth, attention_pairs(joint, joint, rule))
         if model.dit.dual_layers:
-            pairs = attention_pairs(latents, latents, masks.block_causal)
+            pairs = attention_pairs(latents, latents, rule)
             yield "dit", _scores(model.dit.width, model.dit.dual_layers, pairs)
         c = model.autoencoder
         if isinstance(c, AutoencoderKL) and c.mid_attention:

@@ -46,7 +46,7 @@ Measure = Callable[[Forward, jax.Array], Values]  # of a batch, with a random ke
 
 
 class Case(NamedTuple):
-    """An example to measure on; `truth` is the first image that it generates, encoded."""
+    """An example to measure on; `truth` is the last image that it generates, encoded."""
 
     source: str
     item: Item
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
     @property
     def truth(self) -> bytes | None:
-        return next((frame.encoded for frame in self.item.frames if frame.generate), None)
+        return next((frame.encoded for frame in self.item.frames[::-1] if frame.generate), None)
 
 
 class Gauges:
@@ -204,7 +204,7 @@ def _next_token(forward: Forward, key: jax.Array) -> Values:
 
 def _alignment(settings: Alignment, forward: Forward, key: jax.Array) -> Values:
     images = probes.centred(forward, settings), forward.targets
-    predicted, targets = (probes.of_first_generated(values, forward.batch) for values in images)
+    predicted, targets = (probes.of_last_generated(values, forward.batch) for values in images)
     cosine = alignment.cosine(predicted, targets).mean(-1)
     return {"predicted": predicted, "targets": targets, "cosine": cosine}
 

@@ -40,6 +40,11 @@ def weights(config: Config, plan: Plan, frozen: Flat) -> dict[str, str]:
                 "config.data.features has 'conditioning', which leaves out the VLM, but config.objectives needs it for "
                 "next_token or alignment: take one of them away."
             )
+        if kind == "conditioning" and config.model.dit.clean_visual:
+            raise UserError(
+                "config.data.features has 'conditioning', which leaves out the VLM, but config.model.dit.clean_visual "
+                "needs it: take one of them away."
+            )
         for part in PARTS[kind]:
             if getattr(config.model, part) is None:
                 raise UserError(f"config.data.features has {kind!r}, but config.model.{part} is None.")

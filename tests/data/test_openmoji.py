@@ -86,6 +86,34 @@ def test_held_out_edits_start_from_held_out_concepts(items):
             assert {openmoji.split_of(openmoji.base_concept(hexcode)) for hexcode in _images(example)} == {"held_out"}
 
 
+def test_sequences_go_on_one_step_at_a_time(items):
+    """Around the clock and the month; with a face or a phase that is held out, the whole document is."""
+    clock, moon = (openmoji._SEQUENCES[name] for name in ("clock", "moon"))
+    found = defaultdict(list)
+    for task, split, example in items:
+        if task == "sequence":
+            found[example["id"].split("/")[1]].append((split, _images(example)))
+            held_out = any(openmoji.split_of(hexcode) == "held_out" for hexcode in _images(example))
+            assert split == ("held_out" if held_out else "train")
+    for name, order in (("clock", clock), ("moon", moon)):
+        assert len(found[name]) == 2 * len(order)
+        for _, hexcodes in found[name]:
+            places = [order.index(hexcode) for hexcode in hexcodes]
+            assert [(place - places[0]) % len(order) for place in places] == [0, 1, 2]
+        assert {split for split, _ in found[name]} == {"train", "held_out"}
+
+
+def test_tone_scales_go_up_and_down(items):
+    order, ways = list(openmoji.TONES), {"darker": 1, "lighter": -1}
+    documents = [example for task, _, example in items if task == "sequence_tone"]
+    assert len(documents) > 1000
+    for example in documents:
+        tones = [next(code for code in hexcode.split("-") if code in openmoji.TONES) for hexcode in _images(example)]
+        texts = {segment["text"] for segment in example["segments"] if segment["type"] == "text"}
+        (way,) = {text.split()[-1] for text in texts}
+        assert list(np.diff([order.index(tone) for tone in tones])) == [ways[way]] * 2
+
+
 def test_equal_pictures_are_on_one_side(built):
     catalogue = openmoji.load_catalogue(built)["drawings"]
     splits = defaultdict(set)

@@ -171,9 +171,9 @@ def test_drawing_the_truth_is_right_everywhere(data, trained_on):
     results = _score(data, trained_on, _truth)
     assert _values(results["text_to_image"], "top1_features") == [1.0] * 9
     assert _values(results["text_to_image"], "top1_pixels") == [1.0] * 9
-    assert _values(results["edits"], "accuracy") == [1.0] * 5
+    assert _values(results["edits"], "accuracy") == [1.0] * 9
     for error in ("error_ratio", "error_inside", "error_outside"):
-        assert _values(results["edits"], error) == [0.0] * 5
+        assert _values(results["edits"], error) == [0.0] * 9
 
 
 def test_drawing_the_truth_of_another_request_is_wrong(data, trained_on):
@@ -184,9 +184,9 @@ def test_drawing_the_truth_of_another_request_is_wrong(data, trained_on):
 
 def test_copying_the_source_is_the_baseline(data, trained_on):
     edits = _score(data, trained_on, _copy)["edits"]
-    assert _values(edits, "accuracy") == [0.0] * 5
-    assert _values(edits, "error_ratio") == [1.0] * 5
-    assert _values(edits, "error_outside") == [0.0] * 5
+    assert _values(edits, "accuracy") == [0.0] * 9
+    assert _values(edits, "error_ratio") == [1.0] * 9
+    assert _values(edits, "error_outside") == [0.0] * 9
     assert min(_values(edits, "error_inside")) > 0.01
     for metrics in edits.values():
         for name in ("accuracy", "error_ratio", "error_inside", "error_outside"):
@@ -251,6 +251,21 @@ def test_the_answer_is_the_target_among_the_members(data):
         assert not edit.changed[:12].any()
 
 
+def test_a_sequence_is_compared_with_its_last_input(data):
+    """And a composition with its first; the sheet shows all that is given."""
+    examples = data.examples("edit_tone", "held_out")
+    given, last = [openmoji.images(examples[number])[0] for number in (0, -1)], openmoji.images(examples[1])[-1]
+    assert len({*given, last}) == 3
+    for task, number in (("sequence", 1), ("compose", 0)):
+        segments = [*map(example_lib.image, given), example_lib.text("next"), example_lib.image(last, True)]
+        edit = openmoji._make_edit(data, {"id": f"{task}/x/y", "task": task, "segments": segments}, [*given, last])
+        np.testing.assert_array_equal(edit.source, data.decode(given)[number])
+        np.testing.assert_array_equal(edit.inputs, data.decode(given))
+        assert edit.answer == 2
+        (row,) = openmoji.edit_rows({task: [edit]}, {(task, "both"): edit.target[None]})
+        assert [words for _, words in row] == ["next", "", "drawn", "truth", ""]
+
+
 # --- Probes -----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +315,13 @@ def test_predicted_embeddings_know_the_request_and_not_its_answer(run, data):
     np.testing.assert_array_equal(predicted, probes.predicted_embeddings(run, other))
     np.testing.assert_allclose(predicted[:1], probes.predicted_embeddings(run, examples[:1]), atol=1e-4)
     assert np.abs(predicted[0] - predicted[1]).max() > 1e-3
+
+
+def test_the_last_generated_image_counts():
+    generated = np.array([[True, True, False], [False, True, False], [True, False, True]])
+    batch = layout.Interleaved(np.arange(3), None, None, layout.Images(None, None, generated, None), None)
+    values = np.arange(9).reshape(3, 3, 1)
+    np.testing.assert_array_equal(probes.of_last_generated(values, batch), [[1], [4], [8]])
 
 
 def test_target_embeddings_keep_their_order(run):

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmcore_jax import config
+from mmcore_jax import config, mmcore
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.models.mmdit import MMDiTModel, Slots
 from mmcore_jax.models.qwen_vl import QwenVLModel
 from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn import masks
-from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, VISUAL
+from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD
 from tests import rows
-from tests.leaks import leaks, may_see_diffusion, may_see_vlm, visibility
+from tests.leaks import DIFFUSION, leaks, may_see_diffusion, may_see_vlm, visibility
 
 ROW = jax.tree.map(jnp.asarray, rows.pack(rows.INTERLEAVED, rows.DRAWING))
 VLM = config.QwenVL(
@@ -122,7 +122,8 @@ def found_in_mmdit(rule, execution, may_see=may_see_diffusion, mark=lambda meta:
     meta = masks.concatenate(part.context_meta, part.latent_meta)
     x = jax.random.normal(jax.random.key(7), (meta.kind.shape[1], 12))
     parameters = random(jax.eval_shape(lambda key: model.init(key, *arguments(x)), jax.random.key(0)))
-    visible = visibility(may_see, part.latent_meta, meta)
+    whole = visibility(may_see, meta, meta)
+    visible = (whole @ whole)[context_length:]  # through two blocks
     read = np.asarray(part.latent_meta.kind[0] != PAD)
     return leaks(lambda x: model.apply(parameters, *arguments(x))[0], x, visible, read)
 
@@ -155,10 +156,31 @@ def test_condition_images_that_are_not_dropped_right_are_caught(mark):
     assert found_in_mmdit(masks.block_causal, execution, may_see_when_alone, mark)
 
 
-def test_mmdit_with_visible_history_is_caught():
-    def history_visual(q, k):
-        history = (q.kind != CLEAN) & (k.kind == VISUAL) & (k.frame < q.frame)
-        return masks.block_causal(q, k) | (masks.same_document(q, k) & history)
-
+@pytest.mark.parametrize("name", ["history_visual", "full"])
+def test_mmdit_sees_more_only_where_it_is_told_to(name):
     execution = config.Execution("float32", "float32", "dense", True, "none")
-    assert found_in_mmdit(history_visual, execution)
+    rule, others = masks.DIFFUSION_RULES[name], {*DIFFUSION} - {name}
+    assert found_in_mmdit(rule, execution, DIFFUSION[name]) == []
+    for other in others:
+        assert found_in_mmdit(rule, execution, DIFFUSION[other]), f"{name} passes for {other}"
+
+
+def test_what_an_image_looks_like_reaches_only_what_sees_its_clean_copy():
+    model, part = MMDiTModel(DIT, config.Execution("float32", "float32", "dense", True, "none")), ROW.diffusion
+    meta, latents = part.latent_meta, jax.random.normal(jax.random.key(8), (1, part.latent_meta.kind.shape[1], 12))
+    context = jax.random.normal(jax.random.key(9), (1, part.context_meta.kind.shape[1], 12))
+    slots = Slots(part.context_meta.frame, meta.frame)
+    timesteps = jnp.linspace(0.9, 0.1, rows.BUDGETS.images)[None]
+    given = latents, context, timesteps, slots, meta, part.context_meta, masks.block_causal
+    parameters = random(jax.eval_shape(lambda key: model.init(key, *given), jax.random.key(0)))
+    seen = visibility(may_see_diffusion, meta, meta)
+    clean = [(meta.kind[0] == CLEAN) & (meta.frame[0] == frame) for frame in range(rows.BUDGETS.images)]
+    visible = np.stack([seen[:, np.asarray(one)].any(axis=1) for one in clean], axis=1)
+    assert visible.any(axis=0).sum() == 2
+    found = leaks(
+        lambda x: model.apply(parameters, *given, added=mmcore._of_clean_tokens(x[None], meta))[0],
+        jax.random.normal(jax.random.key(10), (rows.BUDGETS.images, DIT.width)),
+        visible,
+        np.asarray(meta.kind[0] != PAD),
+    )
+    assert found == []

@@ -9,15 +9,17 @@ import pytest
 from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.attention import attention
-from mmcore_jax.nn.masks import CLEAN, PAD, VISUAL
+from mmcore_jax.nn.masks import CLEAN, PAD
 from tests import rows
-from tests.leaks import leaks, may_see_diffusion, may_see_vlm, visibility
+from tests.leaks import DIFFUSION as MAY_SEE
+from tests.leaks import leaks, may_see_vlm, visibility
 
 HEADS, KV_HEADS, CHANNELS = 4, 2, 4
 ROW = rows.pack(rows.INTERLEAVED, rows.DRAWING)
 VLM = ROW.tokens.meta
 DIFFUSION = masks.concatenate(ROW.diffusion.context_meta, ROW.diffusion.latent_meta)
-RULES = {"causal": (masks.causal, may_see_vlm, VLM), "block_causal": (masks.block_causal, may_see_diffusion, DIFFUSION)}
+RULES = {"causal": (masks.causal, may_see_vlm, VLM)}
+RULES |= {name: (rule, MAY_SEE[name], DIFFUSION) for name, rule in masks.DIFFUSION_RULES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +50,6 @@ def test_nothing_leaks(name, implementation):
     assert found_leaks(*RULES[name], implementation) == []
 
 
-def history_visual(q, k):
-    """Broken: VISUAL of earlier frames is visible."""
-    return masks.block_causal(q, k) | (
-        masks.same_document(q, k) & (q.kind != CLEAN) & (k.kind == VISUAL) & (k.frame < q.frame)
-    )
-
-
 def own_clean(q, k):
     """Broken: a frame sees its own clean copy, which is the answer."""
     return masks.block_causal(q, k) | (masks.same_document(q, k) & (k.kind == CLEAN) & (k.frame == q.frame))
@@ -81,7 +76,8 @@ def one_ahead(q, k):
 
 
 BROKEN = {
-    "block_causal": (history_visual, own_clean, later_clean, other_documents, no_history),
+    "block_causal": (masks.history_visual, own_clean, later_clean, other_documents, no_history),
+    "history_visual": (masks.block_causal, masks.same_document),
     "causal": (one_ahead, masks.same_document),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import CLEAN, NOISED, PAD, TEXT, VISUAL, TokenMeta
 from tests import rows
-from tests.leaks import may_see_diffusion, may_see_vlm, visibility
+from tests.leaks import DIFFUSION, may_see_diffusion, may_see_vlm, visibility
 
 ROW = rows.pack(rows.INTERLEAVED, rows.DRAWING)
 
@@ -27,10 +27,13 @@ def test_causal():
     np.testing.assert_array_equal(evaluate(masks.causal, meta), visibility(may_see_vlm, meta, meta))
 
 
-def test_block_causal():
+@pytest.mark.parametrize("name", masks.DIFFUSION_RULES)
+def test_diffusion(name):
     meta = diffusion_meta()
     assert set(np.unique(meta.kind)) == {PAD, TEXT, VISUAL, CLEAN, NOISED}
-    np.testing.assert_array_equal(evaluate(masks.block_causal, meta), visibility(may_see_diffusion, meta, meta))
+    seen = visibility(DIFFUSION[name], meta, meta)
+    np.testing.assert_array_equal(evaluate(masks.DIFFUSION_RULES[name], meta), seen)
+    assert (seen == visibility(may_see_diffusion, meta, meta)).all() == (name == "block_causal")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,260 @@
+"""What came out: `report.md` and plots, from the logs and the scores of the runs alone."""
+
+import json
+import pathlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmcore_jax.ablation.jobs import Family, Job, seconds
+from mmcore_jax.ablation.statistics import Interval, intervals, verdict
+from mmcore_jax.ablation.table import STAGES, VARIANTS, Comparison, Metric
+from mmcore_jax.config import UserError
+from mmcore_jax.training.telemetry import read_metrics
+
+_DROPPED = {"both": "nothing", "visual": "text", "text": "visual"}  # by what a variant draws by
+_HOW_TO_READ = """\
+A difference is (first - second) on the same seeds. Intervals are of 95%; the spread of seeds is taken to be the same in
+all rows of a measure, and is estimated from all of them. Where the interval holds zero, the direction is not resolved;
+of a single seed there is none. The measure of each comparison was chosen before the runs. These are networks of a few
+million parameters on 32-pixel drawings: what they say of the paper's is a direction at most."""
+
+Values = dict[str, float]
+
+
+class Results:
+    """What is known of finished runs, by comparison."""
+
+    def __init__(self, family: Family, comparisons: Sequence[Comparison], seeds: Sequence[int]) -> None:
+        self.comparisons, self.seeds, self._family = comparisons, seeds, family
+        self.jobs = family.jobs(comparisons, seeds)
+        self._values = {job.workdir: read_values(job.workdir) for job in self.jobs if job.is_done}
+
+    def job(self, variant: str, stage: str, seed: int) -> Job | None:
+        """The run of a variant, if it is done."""
+        job = self._family.job(variant, stage, seed)
+        return job if job.workdir in self._values else None
+
+    def value(self, variant: str, stage: str, seed: int, metric: Metric) -> float | None:
+        job = self.job(variant, stage, seed)
+        return None if job is None else self._values[job.workdir].get(key_of(metric, variant))
+
+    def of_runs(self, metric: Metric) -> dict[str, Interval]:
+        """`stage-variant` -> mean over the seeds."""
+        rows = defaultdict(list)
+        sides = {(one.stage, side) for one in self.comparisons for side in one.sides}
+        for stage, variant in sides:
+            found = (self.value(variant, stage, seed, metric) for seed in self.seeds)
+            rows[f"{stage}-{variant}"] = [value for value in found if value is not None]
+        return intervals(rows)
+
+    def differences(self, metric: Metric) -> dict[str, Interval]:
+        """Name of the comparison -> mean of (variant - against) over the seeds that have both."""
+        rows = {}
+        for one in self.comparisons:
+            if metric in one.metrics:
+                pairs = [[self.value(side, one.stage, seed, metric) for side in one.sides] for seed in self.seeds]
+                rows[one.title] = [first - second for first, second in pairs if None not in (first, second)]
+        return intervals(rows)
+
+
+def read_values(workdir: pathlib.Path) -> Values:
+    """The last gauges of a run, losses by timestep also averaged, and its scores."""
+    values: Values = {}
+    for record in read_metrics(workdir):
+        values |= gauge_values(record)
+    path = workdir / "evaluation/scores.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for suite, sets in known.items():
+        if suite != "settings":
+            for name, metrics in sets.items():
+                values |= {f"{suite}/{name}/{key}": score["value"] for key, score in metrics.items()}
+    return values
+
+
+def gauge_values(record: Values) -> Values:
+    """The gauges in a record of `metrics.jsonl`; of losses by timestep also the mean, without the timestep."""
+    gauges = {key: value for key, value in record.items() if key.startswith("gauge/")}
+    bins = defaultdict(list)
+    for key, value in gauges.items():
+        if "/t_" in key:
+            bins[key.rpartition("/t_")[0]].append(value)
+    return gauges | {key: float(np.mean(values)) for key, values in bins.items()}
+
+
+def key_of(metric: Metric, variant: str) -> str:
+    pathways = VARIANTS[variant].pathways
+    return metric.key.format(pathways=pathways, dropped=_DROPPED[pathways])
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def write(root: pathlib.Path, results: Results) -> pathlib.Path:
+    """Writes `report.md` and its plots, and returns its path.
+
+    Raises:
+      UserError: if matplotlib is missing or `root` cannot be written.
+    """
+    questions: dict[str, list[Comparison]] = defaultdict(list)
+    for one in results.comparisons:
+        questions[one.question].append(one)
+    path = root / "report.md"
+    try:
+        lines = [*_head(root, results), *_summary(results)]
+        if _plot_differences(root / "differences.png", results):
+            lines += ["", "![differences](differences.png)"]
+        for question, ones in questions.items():
+            lines += _section(root, results, question, ones)
+        path.write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {root}: {error.strerror}.") from error
+    return path
+
+
+def _head(root: pathlib.Path, results: Results) -> list[str]:
+    minutes = sum(seconds(root).values()) / 60
+    sizes = {job.stage: f"{job.stage} {job.config.total_steps} x {job.config.batch_size}" for job in results.jobs}
+    lines = [
+        "# Ablations",
+        "",
+        f"Seeds {', '.join(map(str, results.seeds))}; {minutes:.0f} minutes of training and evaluation. "
+        f"Steps x batch: {', '.join(sizes[stage] for stage in STAGES if stage in sizes)}.",
+    ]
+    if left := [job.name for job in results.jobs if not job.is_done]:
+        lines += ["", f"Not done yet: {', '.join(left)}."]
+    return lines
+
+
+def _summary(results: Results) -> list[str]:
+    rows = []
+    for one in results.comparisons:
+        metric = one.metrics[0]
+        difference = results.differences(metric).get(one.title)
+        if difference:
+            means = results.of_runs(metric)
+            first, second = (means[f"{one.stage}-{side}"] for side in one.sides)
+            said = one.paper if one.paper == "not reported" else f"{one.paper} ({one.where})"
+            here = verdict(difference, metric.more_is_better, one.paper)
+            label = f"{metric.label} ({_arrow(metric)})"
+            rows.append(
+                [one.question, one.title, label, _number(first.mean), _number(second.mean), _show(difference)]
+                + [str(difference.n), said, here]
+            )
+    if not rows:
+        return ["", "No two runs can be compared yet."]
+    head = ["question", "compared", "measure", "first", "second", "difference", "seeds", "paper", "here"]
+    return ["", "## Summary", "", *_table(head, rows), "", _HOW_TO_READ]
+
+
+def _section(root: pathlib.Path, results: Results, question: str, ones: list[Comparison]) -> list[str]:
+    """A question: its curves, every measure of every run, and every difference."""
+    metrics = list(dict.fromkeys(metric for one in ones for metric in one.metrics))
+    runs = list(dict.fromkeys(f"{one.stage}-{side}" for one in ones for side in one.sides[::-1]))
+    if not any(results.job(side, one.stage, seed) for one in ones for side in one.sides for seed in results.seeds):
+        return []
+    means, differences = ({m: find(m) for m in metrics} for find in (results.of_runs, results.differences))
+    head = [f"{metric.label} ({_arrow(metric)})" for metric in metrics]
+    values = [[name, *(_show(means[m].get(name)) for m in metrics)] for name in runs]
+    compared = [
+        [one.title, *(_show(differences[m].get(one.title) if m in one.metrics else None) for m in metrics)]
+        for one in ones
+    ]
+    lines = ["", f"## {question[0].upper()}{question[1:]}", "", *_table(["run", *head], values)]
+    lines += ["", *_table(["difference", *head], compared)]
+    name = f"{question.replace(' ', '_')}.png"
+    if _plot_curves(root / name, results, ones):
+        lines += ["", f"![{question}]({name})"]
+    return lines
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _arrow(metric: Metric) -> str:
+    return "more is better" if metric.more_is_better else "less is better"
+
+
+def _show(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    if not np.isfinite(interval.low):
+        return _number(interval.mean)
+    return f"{_number(interval.mean)} [{_number(interval.low)}, {_number(interval.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+# --- Plots ------------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the plots need matplotlib: install it with `pip install matplotlib`.") from error
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _plot_curves(path: pathlib.Path, results: Results, ones: list[Comparison]) -> bool:
+    """The gauge of a question over the steps: each seed thin, their mean thick. Returns whether there was anything."""
+    figure, axes = _figure(7, 4)
+    curve = ones[0].curve
+    sides = dict.fromkeys((one.stage, side) for one in ones for side in one.sides[::-1])
+    for number, (stage, variant) in enumerate(sides):
+        jobs = [job for seed in results.seeds if (job := results.job(variant, stage, seed))]
+        curves = [_curve(job.workdir, key_of(curve, variant)) for job in jobs]
+        curves = [(steps, values) for steps, values in curves if steps]
+        for steps, values in curves:
+            axes.plot(steps, values, color=f"C{number}", alpha=0.3, linewidth=0.8)
+        if curves:
+            mean = np.mean([values for _, values in curves], axis=0)
+            axes.plot(curves[0][0], mean, color=f"C{number}", linewidth=2, label=f"{variant} ({len(curves)})")
+    if not axes.lines:
+        return False
+    axes.set(xlabel=f"step of {ones[0].stage}", ylabel=f"{curve.label} ({_arrow(curve)})", title=ones[0].question)
+    if not curve.more_is_better:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="variant (seeds)")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _curve(workdir: pathlib.Path, key: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], gauge_values(record).get(key)) for record in read_metrics(workdir)]
+    points = [(step, value) for step, value in points if value is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _plot_differences(path: pathlib.Path, results: Results) -> bool:
+    """The deciding difference of each comparison, as a share of the second, positive where the first is better."""
+    rows = []
+    for one in results.comparisons:
+        metric = one.metrics[0]
+        difference = results.differences(metric).get(one.title)
+        if difference:
+            second = results.of_runs(metric)[f"{one.stage}-{one.against}"].mean
+            scale = (100 if metric.more_is_better else -100) / max(abs(second), 1e-9)
+            half = difference.high - difference.mean
+            rows.append((one, scale * difference.mean, abs(scale) * half if np.isfinite(half) else 0.0))
+    if not rows:
+        return False
+    figure, axes = _figure(9, 1.2 + 0.35 * len(rows))
+    colours = {"better": "C2", "worse": "C3", "not reported": "C7"}
+    for number, (one, mean, half) in enumerate(reversed(rows)):
+        axes.errorbar(mean, number, xerr=half, fmt="o", color=colours[one.paper], capsize=3)
+    axes.set_yticks(
+        range(len(rows)), [f"{one.title}: {one.metrics[0].label}" for one, *_ in reversed(rows)], fontsize=8
+    )
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("how much better the first is, %\n(in the paper, green: better, red: worse, grey: not reported)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True

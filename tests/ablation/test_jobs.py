@@ -1,0 +1,199 @@
+"""How the runs are made: what is there is kept, time is kept, and a report is written from whatever there is."""
+
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmcore_jax import ablate
+from mmcore_jax.ablation import jobs as jobs_lib
+from mmcore_jax.ablation import report
+from mmcore_jax.ablation.jobs import Doors, Family
+from mmcore_jax.ablation.table import COSINE, IN_FAMILY, choose
+from mmcore_jax.config import UserError
+from tests import tiny
+
+FILE = str(tiny.REPOSITORY / "configs/ablation.py")
+COMPARED = ["lora", "frozen_2"]
+NAMES = ["stage0-control", "language-control", "stage1-frozen_2", "stage1-lora", "stage1-control"]
+
+
+class Fakes:
+    """Trains and evaluates in no time. A value is 0.1 a seed and 1 a letter of the variant's name."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.trained, self.evaluated, self._broken = [], [], broken
+        self.doors = Doors(self._train, self._evaluate)
+
+    def _train(self, job):
+        self.trained.append(job.name)
+        if job.name == self._broken:
+            return
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        (job.workdir / "config.json").write_text(job.config.to_json())
+        (job.workdir / "checkpoints" / str(job.config.total_steps)).mkdir(parents=True)
+        flow = {f"gauge/edit_tone/flow/drop_nothing/t_{low}": low for low in (0.0, 1.0)}
+        records = [{"step": step, "gauge/text_to_image/cosine": step / 300, **flow} for step in (0, 150, 300)]
+        (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def _evaluate(self, job):
+        self.evaluated.append(job.name)
+        value = len(job.variant) + 0.1 * job.config.seed
+        score = {"value": value, "low": 0.0, "high": 1.0, "n": 1}
+        scores = {"held_out": {"predicted/cosine": score}}
+        (job.workdir / "evaluation").mkdir()
+        (job.workdir / "evaluation/scores.json").write_text(json.dumps({"settings": {}, "alignment": scores}))
+
+
+def plan(root, seeds=(0,), overrides=None):
+    family = Family(FILE, root, overrides or {})
+    return family, family.jobs(choose(COMPARED), seeds)
+
+
+def test_what_is_done_is_known_again(tmp_path, capsys):
+    _, jobs = plan(tmp_path)
+    stopped, fakes = Fakes(broken="seed0/stage1-lora"), Fakes()
+    left = jobs_lib.run(jobs, tmp_path, stopped.doors, None)
+    assert [job.workdir.name for job in left] == NAMES[3:]
+    assert stopped.trained == [f"seed0/{name}" for name in NAMES[:4]]
+    assert stopped.evaluated == ["seed0/stage1-frozen_2"]
+    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == []
+    assert fakes.trained == fakes.evaluated == [f"seed0/{name}" for name in NAMES[3:]]
+    assert "3 of 5 runs are done" in capsys.readouterr().out
+    assert set(jobs_lib.seconds(tmp_path)) == {f"seed0/{name}" for name in NAMES}
+
+
+def test_an_evaluation_that_is_missing_is_made_alone(tmp_path):
+    _, jobs = plan(tmp_path)
+    jobs_lib.run(jobs, tmp_path, Fakes().doors, None)
+    (jobs[-1].workdir / "evaluation/scores.json").unlink()
+    (jobs[-1].workdir / "evaluation").rmdir()
+    fakes = Fakes()
+    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == []
+    assert (fakes.trained, fakes.evaluated) == ([], ["seed0/stage1-control"])
+
+
+def test_when_the_time_is_over_what_trains_is_told(tmp_path):
+    """As `train` does: it notes SIGTERM, saves and returns."""
+    _, jobs = plan(tmp_path)
+    told, before = [], signal.getsignal(signal.SIGTERM)
+
+    def train(job):
+        signal.signal(signal.SIGTERM, lambda *_: told.append(job.name))
+        end = time.monotonic() + 10
+        while not told and time.monotonic() < end:
+            time.sleep(0.01)
+
+    assert jobs_lib.run(jobs, tmp_path, Doors(train, None), 0.2 / 60) == jobs
+    assert told == ["seed0/stage0-control"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert jobs_lib.run(jobs, tmp_path, Doors(None, None), 0.0) == jobs
+
+
+def test_other_settings_are_another_ablation(tmp_path):
+    jobs_lib.run(plan(tmp_path)[1], tmp_path, Fakes().doors, None)
+    jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.data.threads=1"]})[1])
+    with pytest.raises(UserError, match=r"stage1-frozen_2 was made with another config.total_steps"):
+        jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.total_steps=5"]})[1])
+
+
+# --- Report -----------------------------------------------------------------------------------------------------------
+
+
+def write(root, seeds):
+    return report.write(root, report.Results(plan(root, seeds)[0], choose(COMPARED), seeds)).read_text()
+
+
+def test_report(tmp_path):
+    """frozen_2 is 8, lora 4 and control 7 letters long, the same in both seeds but for their 0.1."""
+    jobs_lib.run(plan(tmp_path, [0, 1])[1], tmp_path, Fakes().doors, None)
+    text = write(tmp_path, [0, 1])
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| tuning of the VLM |")]
+    assert [row[1] for row in rows] == ["lora against frozen_2", "control against lora", "control against frozen_2"]
+    assert rows[0][3:5] == ["4.050", "8.050"]
+    assert [row[5].split()[0] for row in rows] == ["-4.000", "3.000", "-1.000"]
+    assert [row[-1] for row in rows] == ["contradicts |", "agrees |", "contradicts |"]
+    assert [row[6] for row in rows] == ["2"] * 3
+    assert "Not done yet" not in text
+    assert COSINE.label in text
+    for name in ("differences.png", "tuning_of_the_VLM.png"):
+        assert f"]({name})" in text
+        assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 5
+
+
+def test_a_report_of_a_part(tmp_path):
+    """One seed resolves nothing; of what is not done nothing is said."""
+    assert "No two runs can be compared yet" in write(tmp_path, [0])
+    jobs_lib.run(plan(tmp_path)[1], tmp_path, Fakes(broken="seed0/stage1-control").doors, None)
+    text = write(tmp_path, [0, 1])
+    assert "Not done yet: seed0/stage1-control, seed1/stage0-control" in text
+    assert (
+        "control against" not in text.partition("## Tuning")[0].partition("## Summary")[2].partition("A difference")[0]
+    )
+    assert "| -4.000 | 1 | better (section 4.3) | not resolved |" in text
+    assert "inf" not in text
+    assert IN_FAMILY.label in text
+
+
+def test_losses_by_timestep_are_averaged():
+    record = {"step": 1, "loss": 2.0, "gauge/a/flow/drop_text/t_0.0_0.5": 1.0, "gauge/a/flow/drop_text/t_0.5_1.0": 2.0}
+    values = report.gauge_values(record)
+    assert values["gauge/a/flow/drop_text"] == 1.5
+    assert set(values) == {key for key in record if "/" in key} | {"gauge/a/flow/drop_text"}
+
+
+# --- The door ---------------------------------------------------------------------------------------------------------
+
+
+def enter(monkeypatch, capsys, *arguments):
+    monkeypatch.chdir(tiny.REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["ablate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        ablate.main()
+    return stopped.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--variants=lara", "there is no variant 'lara'; there are control, frozen_2"),
+        ("--stage3.total_steps=1", "settings of a stage are written --STAGE.KEY=VALUE"),
+        ("--stage1.total_step=1", "unknown key config.total_step in an override of configs/ablation.py"),
+        ("--config=configs/stage1.py", "configs/stage1.py has no recipe 'stage2'"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, capsys, argument, message):
+    code, output = enter(monkeypatch, capsys, f"--workdir={tmp_path / 'runs'}", argument)
+    assert code == 2
+    assert message in output.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_through_the_door(tmp_path, monkeypatch, capsys):
+    """One that `train` really takes: a VLM that only reads, with queries that wait; the rest is left for later."""
+    data = tiny.write_dataset(tmp_path / "data")
+    given = [override for override in tiny.overrides("stage1", data) if "vision_target" not in override]
+    given = [override for override in given if not any(task in override for task in ("compose", "edit_gender"))]
+    given = [f"--language.{override.removeprefix('--config.')}" for override in given]
+    shards = data / "edit_tone-train-*.array_record"
+    given += [f"--language.data.sources.sequence_tone.shards={shards}", "--language.total_steps=2"]
+
+    def train(job):
+        if job.stage == "language":
+            ablate.training.train(job.config, job.workdir)
+        elif job.stage == "stage0":
+            Fakes().doors.train(job)
+
+    monkeypatch.setattr(ablate, "doors", lambda data, cases: Doors(train, None))
+    handler = signal.getsignal(signal.SIGTERM)
+    code, output = enter(monkeypatch, capsys, f"--workdir={tmp_path / 'runs'}", "--variants=lora", *given)
+    assert code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "2 of 4 runs are in it" in output.out
+    assert output.out.splitlines()[-2:] == ["left: seed0/stage1-lora", "left: seed0/stage1-control"]
+    assert pathlib.Path(tmp_path / "runs/report.md").is_file()
