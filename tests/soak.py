@@ -73,10 +73,13 @@ class Run:
 
     def outcome(self) -> dict:
         """All that is a function of the run alone."""
-        measured = ("examples_per_second", "step_seconds")
-        losses = [{k: v for k, v in record.items() if k not in measured} for record in read_metrics(self.directory)]
         record = json.loads(next(self.directory.glob(f"checkpoints/{STEPS}/record/*")).read_text())
-        return {"metrics": losses, "parameters": record["fingerprints"], "data": record["data"]}
+        del record["data"]["useful_seconds"]
+        return {
+            "metrics": tiny.logged(self.directory),
+            "parameters": record["fingerprints"],
+            "data": record["data"],
+        }
 
     def output(self) -> str:
         return "\n".join(pathlib.Path(f"{self.directory}.{i}").read_text()[-3000:] for i in range(self._count))

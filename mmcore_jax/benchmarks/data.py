@@ -1,11 +1,11 @@
 """Examples a second of our pipeline, beside webdataset and Hugging Face datasets with PyTorch's DataLoader.
 
 All read the same photographs and captions, each from its own kind of shard, decode, crop and resize in as many workers,
-and make batches of pixels and tokens. Ours packs several examples into a row; the others put one into a row and pad it
-to the longest of the batch, and what they make of every example must be what ours makes of it. Opening the shards and
-starting the workers, to the first batch, is timed apart from what follows when each worker has given a batch; what is
-made once for all passes (our scan, the Arrow files) is there already. The ceiling is a loop in one process that
-decodes, crops and resizes the same files, held in memory.
+ours in threads, the others in processes, and make batches of pixels and tokens. Ours packs several examples into a row;
+the others put one into a row and pad it to the longest of the batch, and what they make of every example must be what
+ours makes of it. Opening the shards and starting the workers, to the first batch, is timed apart from what follows when
+each worker has given a batch; what is made once for all passes (our scan, the Arrow files) is there already. The
+ceiling is a loop in one thread that decodes, crops and resizes the same files, held in memory.
 """
 
 import collections
@@ -310,8 +310,8 @@ def make_config(directory: pathlib.Path, sizes: DataSizes, workers: int, vocabul
             window=sizes.examples,
             index=str(directory / "index"),
             features=(),
-            workers=workers,
-            threads=1,
+            workers=0,
+            threads=workers,
             bad_record_limit=0.0,
         ),
         objectives=config_lib.Objectives(None, None, None, None),

@@ -426,14 +426,7 @@ def bucket(encoded: bytes, sizes: Geometry) -> Shape:
 
 def _add_text(item: Item, ids: list[int], learned: bool = False) -> list[int]:
     """Appends text tokens and returns where they stand."""
-    start = len(item.ids)
-    for token in ids:
-        item.ids.append(token)
-        item.kinds.append(TEXT)
-        item.frame_of.append(len(item.frames))
-        item.source.append(0)
-        item.learned.append(learned)
-    return list(range(start, len(item.ids)))
+    return _add(item, ids, TEXT, len(item.frames), [0] * len(ids), learned)
 
 
 def _vlm_size(frame: Frame, sizes: Geometry) -> tuple[int, int]:
@@ -445,17 +438,22 @@ def _vlm_size(frame: Frame, sizes: Geometry) -> tuple[int, int]:
 
 def _add_grid(item: Item, chat: ChatFormat, kind: int, rows: int, cols: int, first: int = 0) -> list[int]:
     """Appends a grid of IMAGE or QUERY tokens between the vision marks, and returns where they stand."""
+    count = rows * cols
     _add_text(item, [chat.vision_start])
-    start = len(item.ids)
-    for index in range(rows * cols):
-        item.ids.append(chat.image_pad)
-        item.kinds.append(kind)
-        item.frame_of.append(len(item.frames) - 1)
-        item.source.append(first + index)
-        item.learned.append(False)
+    places = _add(item, [chat.image_pad] * count, kind, len(item.frames) - 1, list(range(first, first + count)), False)
     item.grids.append((rows, cols))
     _add_text(item, [chat.vision_end])
-    return list(range(start, start + rows * cols))
+    return places
+
+
+def _add(item: Item, ids: list[int], kind: int, frame: int, source: list[int], learned: bool) -> list[int]:
+    start, count = len(item.ids), len(ids)
+    item.ids += ids
+    item.kinds += [kind] * count
+    item.frame_of += [frame] * count
+    item.source += source
+    item.learned += [learned] * count
+    return list(range(start, start + count))
 
 
 def picture(frame: Frame, sizes: Geometry) -> Picture:

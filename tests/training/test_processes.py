@@ -16,7 +16,6 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mmcore_jax import processes
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example
-from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
 
 STEPS = 40
@@ -57,9 +56,8 @@ def output(workdir: pathlib.Path, index: int = 0) -> str:
 
 
 def logged(workdir: pathlib.Path) -> dict[str, list[float]]:
-    records = read_metrics(workdir)
-    names = set(records[-1]) - {"examples_per_second", "step_seconds"}
-    return {name: [record.get(name, 0.0) for record in records] for name in names}
+    records = tiny.logged(workdir)
+    return {name: [record.get(name, 0.0) for record in records] for name in records[-1]}
 
 
 def test_processes_come_and_go(data, tmp_path) -> None:
