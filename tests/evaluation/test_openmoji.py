@@ -319,7 +319,7 @@ def test_predicted_embeddings_know_the_request_and_not_its_answer(run, data):
 
 def test_the_last_generated_image_counts():
     generated = np.array([[True, True, False], [False, True, False], [True, False, True]])
-    batch = layout.Interleaved(np.arange(3), None, None, layout.Images(None, None, generated, None), None)
+    batch = layout.Interleaved(np.arange(3), None, None, layout.Images(None, None, generated, None, None), None)
     values = np.arange(9).reshape(3, 3, 1)
     np.testing.assert_array_equal(probes.of_last_generated(values, batch), [[1], [4], [8]])
 
