@@ -280,7 +280,7 @@ class Modulation(nn.Module):
         table = Dense(self.parts * self.width, ("embed", "mlp"), True, self.dtype, _ZEROS, name="dense")(
             jax.nn.silu(condition)
         )
-        return jnp.split(_pick(table, slots), self.parts, axis=-1)
+        return [_pick(part, slots) for part in jnp.split(table, self.parts, axis=-1)]
 
 
 def _pick(table: jax.Array, slots: jax.Array) -> jax.Array:

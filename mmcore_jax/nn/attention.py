@@ -26,14 +26,20 @@ def attention(
 
 
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
-    rows, heads, length, channels = q.shape
-    grouped = (q * channels**-0.5).reshape(rows, k.shape[1], heads // k.shape[1], length, channels)
-    scores = jnp.einsum("bkglc,bksc->bkgls", grouped, k, preferred_element_type=jnp.float32)
+    (rows, heads, length, channels), kv_heads = q.shape, k.shape[1]
     visible = rule(
         TokenMeta(*(field[:, :, None] for field in q_meta)), TokenMeta(*(field[:, None, :] for field in k_meta))
     )
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
-    return jnp.einsum("bkgls,bksc->bkglc", weights.astype(v.dtype), v).reshape(q.shape)
+    # Heads that share a key are one longer sequence in both products, and what divides the weights divides their sum
+    # of values instead: XLA on CPU is twice as fast then.
+    grouped = (q * channels**-0.5).reshape(rows, kv_heads, -1, channels)
+    scores = jnp.einsum("bklc,bksc->bkls", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, kv_heads, -1, length, k.shape[2]) + jnp.where(visible, 0, _MASKED)[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1).reshape(rows, heads, length, 1)
+    weights = weights.astype(v.dtype).reshape(rows, kv_heads, -1, k.shape[2])
+    values = jnp.einsum("bkls,bksc->bklc", weights, v, preferred_element_type=jnp.float32)
+    return (values.reshape(q.shape) / total).astype(q.dtype)
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
