@@ -26,18 +26,19 @@ def attention(
 
 
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
-    (rows, heads, length, channels), kv_heads = q.shape, k.shape[1]
+    (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
+    group = heads // kv_heads
     visible = rule(
         TokenMeta(*(field[:, :, None] for field in q_meta)), TokenMeta(*(field[:, None, :] for field in k_meta))
     )
     # Heads that share a key are one longer sequence in both products, and what divides the weights divides their sum
     # of values instead: XLA on CPU is twice as fast then.
-    grouped = (q * channels**-0.5).reshape(rows, kv_heads, -1, channels)
-    scores = jnp.einsum("bklc,bksc->bkls", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, kv_heads, -1, length, k.shape[2]) + jnp.where(visible, 0, _MASKED)[:, None, None]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    longer = (q * channels**-0.5).reshape(rows, kv_heads, group * length, channels)
+    scores = jnp.einsum("bklc,bksc->bkls", longer, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, kv_heads, group, length, keys) + jnp.where(visible, 0, _MASKED)[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True, initial=_MASKED)))
     total = weights.sum(axis=-1).reshape(rows, heads, length, 1)
-    weights = weights.astype(v.dtype).reshape(rows, kv_heads, -1, k.shape[2])
+    weights = weights.astype(v.dtype).reshape(rows, kv_heads, group * length, keys)
     values = jnp.einsum("bkls,bksc->bklc", weights, v, preferred_element_type=jnp.float32)
     return (values.reshape(q.shape) / total).astype(q.dtype)
 

@@ -142,3 +142,10 @@ def test_a_query_that_sees_nothing_is_finite():
         return attention(q, k, v, meta, meta, masks.same_document, "dense").sum()
 
     chex.assert_tree_all_finite(jax.value_and_grad(loss)(q))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_no_tokens(implementation):
+    """As where nothing is remembered."""
+    meta, x = masks.plain_meta(jnp.zeros((2, 0), bool)), jnp.zeros((2, 0, 4, 8))
+    assert attention(x, x[:, :, :2], x[:, :, :2], meta, meta, masks.same_document, implementation).shape == x.shape
