@@ -50,6 +50,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11.3",
         "pyarrow>=18.0",
+        "pyvips[binary]>=3.0",
         "simplejpeg>=1.9",  # Pillow decodes damaged JPEG files to grey areas in silence; this one tells
         "tensorboardX>=2.6.4",
         "tqdm>=4.66",

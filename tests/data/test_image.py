@@ -143,3 +143,23 @@ def test_transparency_is_over_white():
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")
     assert np.asarray(image_lib.open_rgb(buffer.getvalue())).min() == 255
     assert image_lib.decode(buffer.getvalue(), 4).min() == 255
+
+
+# Height and width: of both fewer, many fewer, divisors, of one more; of one more than a megapixel Pillow keeps pieces.
+SCALES = [((600, 512), (384, 384)), ((600, 512), (33, 47)), ((600, 512), (200, 256)), ((600, 512), (700, 300))]
+SCALES += [((2400, 2401), (77, 384))]
+
+
+@pytest.mark.parametrize(("size", "wanted"), SCALES)
+def test_large_images_shrink_as_pillow_shrinks_them_but_for_rounding(size, wanted, record_property):
+    image = PHOTOGRAPH.resize(size[::-1])
+    resample = Image.Resampling.BOX if wanted == (200, 256) else Image.Resampling.BICUBIC
+    expected = np.asarray(image.resize(wanted[::-1], resample)).astype(int)
+
+    def error(found: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((found - expected) ** 2)))
+
+    found = error(image_lib.scale(image, *wanted))
+    record_property("levels", found)
+    assert found < 1.2
+    assert error(np.asarray(image.resize(wanted[::-1], Image.Resampling.BILINEAR))) > 1.5 * found
