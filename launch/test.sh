@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Lint and tests, on CPU, in an environment that it makes itself.
+# Lint and unit tests, on CPU, in an environment that it makes itself.
 #
 #     bash launch/test.sh [PYTEST ARGUMENTS]      for example: tests/nn -k leak -x
+#     bash launch/test.sh -m whole_runs           the others, which train, kill and resume whole runs
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

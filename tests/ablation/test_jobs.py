@@ -174,6 +174,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys, argument, message):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.whole_runs
 def test_a_stage_through_the_door(tmp_path, monkeypatch, capsys):
     """One that `train` really takes: a VLM that only reads, with queries that wait; the rest is left for later."""
     data = tiny.write_dataset(tmp_path / "data")

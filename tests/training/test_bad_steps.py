@@ -165,6 +165,7 @@ def with_and_without(directory: str) -> list[list]:
     return [tiny.logged(places / name) for name in ("with", "without")]
 
 
+@pytest.mark.whole_runs
 def test_nothing_bad_nothing_changed(tmp_path) -> None:
     """The same numbers, bit by bit, as of a step that judges nothing."""
     judged, unjudged = tiny.call(with_and_without, str(tmp_path), devices=1)
@@ -187,6 +188,7 @@ def test_a_bad_batch_changes_nothing(data, tmp_path, poison, capsys, factor, fin
     assert "bad step 12" in capsys.readouterr().err
 
 
+@pytest.mark.whole_runs
 def test_rollback(data, tmp_path, poison, monkeypatch) -> None:
     """From step 9 to the checkpoint of step 4: the next batch is 9; killed after that, the run does the same again."""
     poison(np.inf, 6, 7, 8)
@@ -218,6 +220,7 @@ def test_rollback(data, tmp_path, poison, monkeypatch) -> None:
     assert same(arrays(tmp_path / "killed", 12), arrays(tmp_path / "whole", 12))
 
 
+@pytest.mark.whole_runs
 def test_too_many_rollbacks_stop(data, tmp_path, poison) -> None:
     """No checkpoint is made among bad steps, and the last one stays."""
     poison(np.inf, *range(6, 40))

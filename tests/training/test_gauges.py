@@ -199,6 +199,7 @@ def sharded(stage: str, data: pathlib.Path) -> Config:
     return configured(stage, data, *(f"--config.mesh.{axis}={size}" for axis, size in devices.items()))
 
 
+@pytest.mark.whole_runs
 def test_meshes_measure_the_same(data) -> None:
     for stage, found in zip(("stage1", "stage2"), tiny.call(on_four_devices, str(data), devices=4)):
         assert found == pytest.approx(Setting(sharded(stage, data)).measure(), rel=1e-3, abs=1e-5)

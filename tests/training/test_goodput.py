@@ -91,6 +91,7 @@ def test_a_batch_is_waited_for_once_the_device_is_idle(tmp_path) -> None:
     assert run.seconds["useful"] == pytest.approx(0.3, abs=0.08)
 
 
+@pytest.mark.whole_runs
 def test_of_processes(tmp_path) -> None:
     """Of two, the second of which goes on, the parts sum up to the time from the first start to the last end."""
     data, began = tiny.write_dataset(tmp_path / "data"), time.time()

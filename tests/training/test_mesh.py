@@ -64,6 +64,7 @@ def _copies(leaf) -> int:
     return len(leaf.addressable_shards) // len(shards)
 
 
+@pytest.mark.whole_runs
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_every_mesh_gives_the_same_curve(stage: str, data) -> None:
     found = tiny.call(curves, stage, str(data), devices=8)

@@ -60,6 +60,7 @@ def logged(workdir: pathlib.Path) -> dict[str, list[float]]:
     return {name: [record.get(name, 0.0) for record in records] for name in records[-1]}
 
 
+@pytest.mark.whole_runs
 def test_processes_come_and_go(data, tmp_path) -> None:
     """1 x 8, 2 x 4 (killed), 2 x 4 (stopped) and 1 x 2 devices in turn are 1 x 8, uninterrupted."""
     whole, turns = tmp_path / "whole", tmp_path / "turns"

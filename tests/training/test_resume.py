@@ -32,6 +32,7 @@ def wait_for_step(process: BaseProcess, workdir: pathlib.Path, step: int) -> Non
         time.sleep(0.01)
 
 
+@pytest.mark.whole_runs
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_killed_runs_end_equal(stage: str, data, tmp_path) -> None:
     """Other processes are killed; this one begins and ends."""

@@ -28,6 +28,7 @@ def after(stage: str, data: pathlib.Path, *extra: str):
     return tiny.config(f"{stage}_sft", data, *init, *still, "--config.total_steps=1", *extra, random=False)
 
 
+@pytest.mark.whole_runs
 def test_a_chain_of_stages(data) -> None:
     """Fine-tuning at no learning rate is the stage itself; the evaluation finds the stage that aligned last."""
     runs = data.parent

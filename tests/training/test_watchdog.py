@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from mmcore_jax.training.watchdog import HUNG
 from tests import tiny
 
@@ -32,6 +34,7 @@ def start(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tiny.REPOSITORY, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.whole_runs
 def test_a_run_that_hangs_ends_and_continues(tmp_path) -> None:
     """Compiling takes longer than a step may, and is no hang."""
     run, cache = tmp_path / "run", "--config.execution.compilation_cache=compiled"
