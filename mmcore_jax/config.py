@@ -154,11 +154,17 @@ class SiglipVision(Tower):
 
 @dataclasses.dataclass(frozen=True)
 class Siglip:
-    """SigLIP. `text` is None where only the vision tower is used, as an alignment target."""
+    """SigLIP. `text` is None where only the vision tower is used, as an alignment target.
+
+    The sigmoid loss begins with `initial_scale` times the cosine plus `initial_bias`. The published -10 is for batches
+    of 32,768 (arXiv:2303.15343, section 3.2); minus the logarithm of the batch size says that nothing is known.
+    """
 
     vision: SiglipVision
     text: SiglipText | None = None
     layer_norm_eps: float = 1e-6
+    initial_scale: float = dataclasses.field(default=10.0, metadata={"of_weights": False})
+    initial_bias: float = dataclasses.field(default=-10.0, metadata={"of_weights": False})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,9 @@ class SiglipModel(nn.Module):
         self.vision = SiglipVisionTower(c.vision, c.layer_norm_eps, self.execution)
         if c.text is not None:
             self.text = SiglipTextTower(c.text, c.vision.width, c.layer_norm_eps, self.execution)
-            self.logit_scale = self.param("logit_scale", parameter(nn.initializers.constant(jnp.log(10.0))), ())
-            self.logit_bias = self.param("logit_bias", parameter(nn.initializers.constant(-10.0)), ())
+            scale, bias = (nn.initializers.constant(value) for value in (jnp.log(c.initial_scale), c.initial_bias))
+            self.logit_scale = self.param("logit_scale", parameter(scale), ())
+            self.logit_bias = self.param("logit_bias", parameter(bias), ())
 
     def patch_features(self, images: jax.Array) -> jax.Array:
         """uint8 images `[B, height, width, 3]` to the last hidden states of the patches `[B, S, D]`."""

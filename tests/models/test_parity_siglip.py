@@ -104,6 +104,13 @@ def test_towers_and_logits(published, inputs, scan, record_property):
     assert found < TOLERANCE
 
 
+def test_the_sigmoid_loss_begins_as_the_config_says(inputs):
+    c = dataclasses.replace(CONFIG, initial_scale=4.0, initial_bias=-2.0)
+    model = SiglipModel(c, config.Execution("float32", "float32", "dense", True, "none"))
+    (image, text, logits), _ = model.init_with_output(jax.random.key(0), *inputs)
+    np.testing.assert_allclose(logits, 4 * text @ image.T - 2, atol=1e-5)
+
+
 def test_whole_published_model(published, inputs):
     """Texts of full length through their own forward pass: which logits are whose, and the place of scale and bias."""
     theirs, state = published
