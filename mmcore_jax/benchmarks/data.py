@@ -172,8 +172,9 @@ def digest(
     since, last = came[workers - 1][0], came[-1][0]
     each = (last - since) / sum(size for _, size in came[workers:])
     times = Pass(came[0][0] - start, each, (cpu_seconds() - cpu) / count)
-    every = np.full((count, len(found[number])), np.nan, np.float32)
-    every[list(found)] = np.stack(list(found.values()))
+    values = np.stack(list(found.values()))
+    every = np.full((count, values.shape[1]), np.nan, np.float32)
+    every[list(found)] = values
     return {kind: float(np.mean([share[kind] for share in shares])) for kind in shares[0]}, every, times
 
 

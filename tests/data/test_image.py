@@ -145,7 +145,7 @@ def test_transparency_is_over_white():
     assert image_lib.decode(buffer.getvalue(), 4).min() == 255
 
 
-# Height and width: of both fewer, many fewer, divisors, of one more; of one more than a megapixel Pillow keeps pieces.
+# Height and width: fewer of both, many fewer, divisors, more of one; and an image that Pillow keeps in pieces.
 SCALES = [((600, 512), (384, 384)), ((600, 512), (33, 47)), ((600, 512), (200, 256)), ((600, 512), (700, 300))]
 SCALES += [((2400, 2401), (77, 384))]
 
