@@ -16,6 +16,7 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
+    sources = dict(text_to_image=4.0, text_to_image_recolour=1.0)
     return ConfigDict(
         dict(
             stage="stage0",
@@ -34,7 +35,7 @@ def _openmoji() -> ConfigDict:
             init=dict(vision_target="random"),
             data=dict(
                 layout="pairs",
-                sources=dict(text_to_image=openmoji.source("text_to_image", 1.0)),
+                sources={task: openmoji.source(task, weight) for task, weight in sources.items()},
                 tokenizer=openmoji.TOKENIZER,
                 image_size=None,
                 aspect_ratios=(1.0,),
@@ -69,6 +70,7 @@ def _smoke() -> ConfigDict:
 def _openmoji_long() -> ConfigDict:
     config = openmoji.lengthen(_openmoji())
     config.update(total_steps=1500, batch_size=256)
+    config.model.vision_target.initial_bias = -5.54  # minus the logarithm of 255
     config.checkpoint.every = 250
     return config
 

@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage2.py
 
 The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
-`openmoji`: after stage 1; 8 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
+`openmoji`: after stage 1; 6 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
 `openmoji_long`: after stage 1 of that name; all drawings at 64 pixels, every kind of edit, compositions and sequences.
 Sized for hours on 2 CPU cores. Not trained to the end here.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
@@ -23,13 +23,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image_core=16.0, edit_tone=4.0, edit_gender=1.0, edit_colour=4.0)
+    sources = dict(text_to_image_core=16.0, edit_tone=5.0, edit_gender=1.0, edit_colour=2.0, edit_recolour=2.0)
     return ConfigDict(
         dict(
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=2200,
+            total_steps=1800,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -90,7 +90,7 @@ def _openmoji() -> ConfigDict:
                     logit_std=1.0,
                     shift=1.0,
                     dropout=dict(
-                        text=dict(start=0.2, end=0.1, steps=700),
+                        text=dict(start=0.2, end=0.1, steps=600),
                         visual=dict(start=0.1, end=0.1, steps=1),
                         joint=0.1,
                         images=dict(start=0.0, end=0.0, steps=1),
@@ -110,8 +110,8 @@ def _openmoji() -> ConfigDict:
                 timestep_shift=3.0,
                 timestep_spacing="trailing",
             ),
-            checkpoint=dict(every=550, keep=2, keep_period=0, local_every=0, local=""),
-            telemetry=dict(log_every=10, sample_every=2200),
+            checkpoint=dict(every=450, keep=2, keep_period=0, local_every=0, local=""),
+            telemetry=dict(log_every=10, sample_every=1800),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
             gauges=openmoji.gauges(0, "text_to_image", "edit_tone", "edit_colour"),
@@ -133,7 +133,7 @@ def _openmoji_long() -> ConfigDict:
     config.update(total_steps=10_000, batch_size=16)
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-openmoji_long"))
     sources = dict(text_to_image=12.0, edit_tone=4.0, edit_gender=3.0, edit_colour=2.0, compose=1.0)
-    sources |= dict(sequence=1.0, sequence_tone=2.0)
+    sources |= dict(sequence=1.0, sequence_tone=2.0, text_to_image_recolour=2.0, edit_recolour=2.0)
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.objectives.flow_matching.dropout.text.steps = 3000
     config.optimizer.update(learning_rate=1e-3, warmup_steps=300, ema_decay=0.999)

@@ -64,10 +64,10 @@ def examples() -> dict[str, list[example_lib.Example]]:
     for shape in SHAPES:
         for colour in COLOURS:
             picture, name = drawing(colour, shape), f"a {colour} {shape}"
-            add("text_to_image", text(name), image(picture, True))
-            add("text_to_image_core", text(name), image(picture, True))
+            for task in ("text_to_image", "text_to_image_core", "text_to_image_recolour"):
+                add(task, text(name), image(picture, True))
             add("caption", image(picture), text("what is this?"), text(name, "assistant"))
-            for task in ("edit_tone", "edit_gender", "edit_colour"):
+            for task in ("edit_tone", "edit_gender", "edit_colour", "edit_recolour"):
                 add(task, image(picture), text("make it red"), image(drawing("red", shape), True))
             add("compose", image(picture), image(drawing("red", "dot")), text("combine them"), image(picture, True))
     return tasks

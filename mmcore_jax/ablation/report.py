@@ -248,13 +248,15 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
     figure, axes = _figure(9, 1.2 + 0.35 * len(rows))
     colours = {"better": "C2", "worse": "C3", "not reported": "C7"}
     for number, (one, mean, half) in enumerate(reversed(rows)):
-        axes.errorbar(mean, number, xerr=half, fmt="o", color=colours[one.paper], capsize=3)
+        inside = colours[one.paper] if half else "white"
+        axes.errorbar(mean, number, xerr=half, fmt="o", color=colours[one.paper], markerfacecolor=inside, capsize=3)
     axes.set_yticks(
         range(len(rows)), [f"{one.title}: {one.metrics[0].label}" for one, *_ in reversed(rows)], fontsize=8
     )
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("how much better the first is, %\n(in the paper, green: better, red: worse, grey: not reported)")
+    key = "in the paper, green: better, red: worse, grey: not reported; hollow: one seed"
+    axes.set_xlabel(f"how much better the first is, %\n({key})")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     return True

@@ -51,7 +51,9 @@ class Condition(NamedTuple):
 class DualPathway(nn.Module):
     """Projects both pathways to the context of the diffusion transformer, and their means in each frame to `pooled`.
 
-    With a `clean_width`, what images look like to the VLM goes to `clean`, through a projection that starts at zero.
+    `pooled` is normalised: what it adds to the timestep modulates every token, and where it may grow, some gradients
+    come out a hundred times as large as the others. With a `clean_width`, what images look like to the VLM goes to
+    `clean`, through a projection that starts at zero.
     """
 
     width: int
@@ -86,7 +88,8 @@ class DualPathway(nn.Module):
         frames = meta.frame[:, None] == jnp.arange(drop.text.shape[1])[:, None]
         means = [mean(context, frames & (meta.kind == kind)[:, None]) for kind in (masks.TEXT, masks.VISUAL)]
         pooled = Dense(self.pooled_width, ("embed", None), True, dtype, name="pooled_projection")
-        return Condition(context, pooled(jnp.concatenate(means, axis=-1)), drop.images, clean=clean)
+        pooled = RMSNorm(name="pooled_norm")(pooled(jnp.concatenate(means, axis=-1)))
+        return Condition(context, pooled, drop.images, clean=clean)
 
     def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)

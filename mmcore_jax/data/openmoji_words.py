@@ -229,8 +229,8 @@ def instructions(task: str, noun: str, source: str, target: str, key: str) -> li
     """Returns texts that ask for an edit: two wordings for a change of colour, of which there are few, else one.
 
     Args:
-      task: "edit_tone", "edit_gender" or "edit_colour".
-      noun: the shape of which "edit_colour" changes the colour.
+      task: "edit_tone", "edit_gender", "edit_colour" or "edit_recolour".
+      noun: what a colour is changed of.
       source: the state to change from.
       target: the state to change to.
       key: chooses among the wordings.
@@ -238,9 +238,9 @@ def instructions(task: str, noun: str, source: str, target: str, key: str) -> li
     fields = {"source": source, "it": "them" if source in _PLURAL_WORDS else "it", "a_target": with_article(target)}
     if task == "edit_tone":
         fields = {"tone": target}
-    if task == "edit_colour":
+    if "colour" in task:
         fields = {"shape": noun, "colour": target, "a_target": with_article(f"{target} {noun}")}
-    first, templates = zlib.crc32(key.encode()), _EDITS[task]
+    first, templates = zlib.crc32(key.encode()), _EDITS[task.replace("recolour", "colour")]
     chosen = [templates[(first + 3 * i) % len(templates)] for i in range(2 if task == "edit_colour" else 1)]
     return [template.format(**fields) for template in chosen]
 

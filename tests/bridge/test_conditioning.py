@@ -1,12 +1,15 @@
 """Dropout of the two pathways and of the condition images: its rates, and that each is drawn by itself."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmcore_jax.bridge.conditioning import draw_dropout
-from mmcore_jax.config import Dropout, Ramp
+from mmcore_jax.bridge.conditioning import Drop, DualPathway, draw_dropout
+from mmcore_jax.config import Dropout, Execution, Ramp
+from mmcore_jax.nn.masks import VISUAL, plain_meta
 
 ROWS, FRAMES = 4000, 3
 KEYS = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(0), jnp.arange(ROWS))
@@ -38,3 +41,17 @@ def test_without_a_rate_nothing_is_drawn():
 def test_a_row_draws_by_its_key_alone():
     some, later = Ramp(0.5, 0.5, 1), slice(7, 9)
     chex.assert_trees_all_equal(draw(some, keys=KEYS[later]).images, draw(some).images[later])
+
+
+def test_pooled_conditions_do_not_grow():
+    """However large the embeddings and the projection are; and a frame without tokens has none."""
+    module = DualPathway(8, 6, Execution("float32", "float32", "dense", False, "none"))
+    text, visual = (10.0 ** jnp.arange(2)[:, None, None] * jax.random.normal(key, (2, 5, 4)) for key in KEYS[:2])
+    meta = plain_meta(jnp.ones((2, 5), bool))
+    meta = meta._replace(kind=meta.kind.at[:, 3:].set(VISUAL))
+    given = text, visual, meta, Drop(*jnp.zeros((2, 2, 2), bool))
+    params = module.init(jax.random.key(0), *given)["params"]
+    for size in (1.0, 100.0):
+        params["pooled_projection"] = jax.tree.map(functools.partial(jnp.multiply, size), params["pooled_projection"])
+        pooled = module.apply({"params": params}, *given).pooled
+        np.testing.assert_allclose(jnp.square(pooled).mean(axis=-1), [[1, 0], [1, 0]], rtol=1e-3)

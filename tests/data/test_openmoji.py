@@ -37,9 +37,13 @@ def drawings():
 @pytest.fixture(scope="session")
 def items(drawings):
     """Every (task, split, example), with the hexcode in the place of the image."""
-    stand_ins = {hexcode: hexcode.encode() for hexcode in drawings}
-    core = {"1F34E", "2764"}
-    return list(openmoji.list_examples(drawings, openmoji.list_families(drawings), core, stand_ins))
+    families, core = openmoji.list_families(drawings), {"1F34E", "2764"}
+    return list(openmoji.list_examples(drawings, families, core, _stand_ins(drawings, families)))
+
+
+def _stand_ins(drawings, families):
+    members = (hexcode for family in families for hexcode, _ in family.members)
+    return {hexcode: hexcode.encode() for hexcode in (*drawings, *members)}
 
 
 def _shards(directory, task="*", split="*"):
@@ -60,7 +64,7 @@ def _leaks(items):
     for task, split, example in items:
         if split == "train":
             train.update(map(openmoji.base_concept, _images(example)))
-        elif task == "text_to_image":
+        elif task.startswith("text_to_image"):
             held_out.update(map(openmoji.base_concept, _images(example)))
     return held_out & train
 
@@ -75,8 +79,8 @@ def test_no_concept_is_on_both_sides(items):
 def test_a_split_by_image_is_caught(drawings, monkeypatch):
     by_image = property(lambda drawing: openmoji.split_of(drawing.hexcode))
     monkeypatch.setattr(openmoji.Drawing, "split", by_image)
-    stand_ins = {hexcode: hexcode.encode() for hexcode in drawings}
-    broken = openmoji.list_examples(drawings, openmoji.list_families(drawings), set(), stand_ins)
+    families = openmoji.list_families(drawings)
+    broken = openmoji.list_examples(drawings, families, set(), _stand_ins(drawings, families))
     assert len(_leaks(broken)) > 20
 
 
@@ -118,7 +122,7 @@ def test_equal_pictures_are_on_one_side(built):
     catalogue = openmoji.load_catalogue(built)["drawings"]
     splits = defaultdict(set)
     for hexcode, png in openmoji.load_drawings(built).items():
-        splits[png].add(catalogue[hexcode]["split"])
+        splits[png].add(catalogue[hexcode.split("~")[0]]["split"])
     assert all(len(found) == 1 for found in splits.values())
 
 
@@ -166,6 +170,8 @@ def test_counts(items, drawings):
         held_out = _count(items, task, "held_out")
         assert 0.07 < held_out / (held_out + _count(items, task, "train")) < 0.15
     assert _count(items, "edit_colour", "held_out") >= 100
+    assert _count(items, "edit_recolour", "train") == 30 / 24 * _count(items, "text_to_image_recolour", "train") > 7000
+    assert _count(items, "edit_recolour", "held_out") >= 500
 
 
 def test_ids_are_unique_and_name_the_task(items):
@@ -261,6 +267,28 @@ def test_a_colour_is_the_same_in_every_shape():
     assert {colour: len(found) for colour, found in shades.items()} == dict.fromkeys(shades, 1)
 
 
+def test_what_is_painted_is_clearly_of_that_colour(drawings):
+    """Nothing else changes: where two members of a family differ, each has its own colour, or a blend with it."""
+    families = [family for family in openmoji.list_families(drawings) if family.task == "edit_recolour"]
+    names = {family.noun for family in families}
+    assert {"cactus", "frog", "jeans"} <= names
+    assert not names & {"black cat", "waving hand", "red heart", "full moon", "one o'clock"}
+    for family in families[::20]:
+        first, second = (np.asarray(openmoji._rasterise(member, 288), int) for member, _ in family.members[:2])
+        differ = np.abs(first - second).max(axis=-1) > 0
+        assert 0.02 < differ.mean() < 0.9
+        for picture, (_, colour) in zip((first, second), family.members):
+            paint = [int(openmoji._PALETTE[colour][i : i + 2], 16) for i in (1, 3, 5)]
+            assert (picture[differ] == paint).all(axis=-1).mean() > 0.5
+
+
+def test_white_is_not_painted_on_what_has_white(drawings):
+    families = {f.noun: dict(f.members) for f in openmoji.list_families(drawings) if f.task == "edit_recolour"}
+    assert any("white" in members.values() for members in families.values())
+    for name in ("information sign", "japanese acceptable button"):
+        assert "white" not in families[name].values()
+
+
 def test_names_and_captions_are_distinct(drawings):
     names = [drawing.name for drawing in drawings.values()]
     assert len(set(names)) == len(names)
@@ -289,7 +317,9 @@ def test_every_example_decodes_and_is_counted(built):
 
 def test_drawings_are_pictures_on_white(built):
     pngs = openmoji.load_drawings(built)
-    assert pngs.keys() == openmoji.load_catalogue(built)["drawings"].keys()
+    catalogue = openmoji.load_catalogue(built)
+    members = {member["hexcode"] for family in catalogue["families"].values() for member in family["members"]}
+    assert pngs.keys() == catalogue["drawings"].keys() | members
     heart = np.asarray(Image.open(io.BytesIO(pngs["2764"])))
     assert heart.shape == (SIZE, SIZE, 3)
     assert heart[0, 0].tolist() == [255, 255, 255]
