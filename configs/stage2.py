@@ -23,13 +23,13 @@ def get_config(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    sources = dict(text_to_image_core=16.0, edit_tone=5.0, edit_gender=1.0, edit_colour=2.0, edit_recolour=2.0)
+    sources = dict(text_to_image_core=17.0, edit_tone=4.5, edit_gender=1.0, edit_colour=1.75, edit_recolour=1.75)
     return ConfigDict(
         dict(
             stage="stage2",
             recipe="openmoji",
             seed=0,
-            total_steps=1800,
+            total_steps=2050,
             batch_size=10,
             model=dict(
                 vlm=openmoji.vlm(),
@@ -110,8 +110,8 @@ def _openmoji() -> ConfigDict:
                 timestep_shift=3.0,
                 timestep_spacing="trailing",
             ),
-            checkpoint=dict(every=450, keep=2, keep_period=0, local_every=0, local=""),
-            telemetry=dict(log_every=10, sample_every=1800),
+            checkpoint=dict(every=500, keep=2, keep_period=0, local_every=0, local=""),
+            telemetry=dict(log_every=10, sample_every=2050),
             mesh=openmoji.mesh(),
             execution=openmoji.execution(),
             gauges=openmoji.gauges(0, "text_to_image", "edit_tone", "edit_colour"),

@@ -74,7 +74,7 @@ def test_text_alone(data):
     alone = generate(first, second)
     assert alone.shape == (2, 16, 16, 3)
     assert alone.std() > 1
-    assert np.abs(alone - generate(second, first)).max() > 10, "the text does not matter"
+    assert np.abs(alone - generate(second, first)).max() > 5, "the text does not matter"
     mixed = generate(first, second, edit)
     assert np.abs(alone - mixed[:2]).max() <= 1
     assert np.abs(mixed[0] - mixed[1]).max() > 10

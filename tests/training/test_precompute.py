@@ -97,7 +97,7 @@ def test_what_is_missing_is_made_and_nothing_else(own_data, monkeypatch):
         Reader(setting.config, features_of(setting))
     setting.precompute((1, 2))
     files = sorted((own_data / "index").glob("*-conditioning-*/*.arrow"))
-    assert len(files) == 3 * 4  # 12 examples of each of 4 sources
+    assert len(files) == 3 * 5  # 12 examples of each of 5 sources
     times = {path: path.stat().st_mtime_ns for path in files}
     files[1].unlink()
     setting.precompute()
@@ -120,7 +120,7 @@ def test_door(own_data, monkeypatch, capsys):
     assert enter("--features", "--part=1/2")[0] == 0
     assert not list((own_data / "index").glob("*-targets-*"))  # the only file of each source is another's part
     code, said = enter("--features")
-    assert (code, len(list((own_data / "index").glob("*-targets-*/000000.arrow")))) == (0, 7)
+    assert (code, len(list((own_data / "index").glob("*-targets-*/000000.arrow")))) == (0, 9)
     assert "targets by the weights" in said
     assert "'2/2' is not I/N with I from 0 to N - 1" in enter("--features", "--part=2/2")[1]
     assert "config.data.features of stage1 openmoji is empty" in enter("--features", "--config.data.features=()")[1]
@@ -130,7 +130,7 @@ def test_equal_images_are_looked_at_once(own_data, monkeypatch):
     given, put = [], sharding.shard_batch
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: given.append(batch) or put(batch, mesh))
     Setting("stage2", own_data, ("latents",)).precompute()
-    assert len(given) == 4 * 2  # at most 12 different images in each source, 8 a batch; they are looked at 72 times
+    assert len(given) == 5 * 2  # at most 12 different images in each source, 8 a batch, of twice as many
 
 
 def test_examples_that_cannot_be_used_keep_their_reason(own_data, monkeypatch):
