@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, model: MMCORE, mesh: Mesh, batch: Any) -> Plan:
     """Evaluates shapes and shardings without making a single array; `batch` may be abstract."""
-    boxed = jax.eval_shape(functools.partial(_init, model), jax.random.key(0), batch)
+    boxed = jax.eval_shape(functools.partial(_init, model), jax.eval_shape(jax.random.key, 0), batch)
     shapes = flatten_dict(nn.unbox(boxed), sep="/")
     shardings = flatten_dict(sharding.parameter_shardings(boxed, mesh), sep="/")
     tuning = optimizer_lib.assign(list(shapes), config.tuning)
