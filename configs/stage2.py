@@ -3,7 +3,7 @@
     python -m mmcore_jax.train --config=configs/stage2.py
 
 The VLM, its queries and the connector are frozen. Text dropout starts high and anneals.
-`openmoji`: after stage 1; 6 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
+`openmoji`: after stage 1; 7.5 minutes on 2 CPU cores; draws what it trained on, recolours held-out shapes (see README).
 `openmoji_long`: after stage 1 of that name; all drawings at 64 pixels, every kind of edit, compositions and sequences.
 Sized for hours on 2 CPU cores. Not trained to the end here.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024

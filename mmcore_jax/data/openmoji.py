@@ -387,9 +387,11 @@ def list_examples(
     """
     for drawing in drawings.values():
         if drawing.tone is None:
+            captions = words.captions(drawing.name, drawing.aliases, drawing.hexcode)
+            given = drawing.split, drawing.hexcode, captions, pngs
             if drawing.hexcode in core:
-                yield from _text_to_image("text_to_image_core", drawing, pngs)
-            yield from _text_to_image("text_to_image", drawing, pngs)
+                yield from _text_to_image("text_to_image_core", *given)
+            yield from _text_to_image("text_to_image", *given)
             yield from _caption(drawing, pngs)
     for family in families:
         if family.task == "sequence":
@@ -399,7 +401,9 @@ def list_examples(
         if family.task == "edit_tone":
             yield from _tone_scales(family, pngs)
         if family.task == "edit_recolour":
-            yield from _recoloured(family, pngs)
+            for member, colour in family.members:
+                captions = words.captions(f"{colour} {family.noun}", (), member)
+                yield from _text_to_image("text_to_image_recolour", family.split, member, captions, pngs)
     yield from _compositions(drawings, pngs)
 
 
@@ -408,17 +412,10 @@ def _item(split: str, name: str, *segments: examples_lib.Text | examples_lib.Ima
     return task, split, {"id": name, "task": task, "segments": list(segments)}
 
 
-def _text_to_image(task: str, drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:
-    for variant, caption in enumerate(words.captions(drawing.name, drawing.aliases, drawing.hexcode)):
-        image = examples_lib.image(pngs[drawing.hexcode], generate=True)
-        yield _item(drawing.split, f"{task}/{drawing.hexcode}/{variant}", examples_lib.text(caption), image)
-
-
-def _recoloured(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
-    for member, colour in family.members:
-        for variant, caption in enumerate(words.captions(f"{colour} {family.noun}", (), member)):
-            image = examples_lib.image(pngs[member], generate=True)
-            yield _item(family.split, f"text_to_image_recolour/{member}/{variant}", examples_lib.text(caption), image)
+def _text_to_image(task: str, split: str, hexcode: str, captions: list[str], pngs: dict[str, bytes]) -> Iterator[Item]:
+    for variant, caption in enumerate(captions):
+        image = examples_lib.image(pngs[hexcode], generate=True)
+        yield _item(split, f"{task}/{hexcode}/{variant}", examples_lib.text(caption), image)
 
 
 def _caption(drawing: Drawing, pngs: dict[str, bytes]) -> Iterator[Item]:

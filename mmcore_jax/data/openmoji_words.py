@@ -189,6 +189,7 @@ _EDITS = {
         "recolour it {colour}", "paint the {shape} {colour}", "turn it into {a_target}",
     ),
 }  # fmt: skip
+_EDITS["edit_recolour"] = _EDITS["edit_colour"]
 _COMPOSITIONS = (
     "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
     "merge them into {a}", "combine the two", "make {a} from these",
@@ -238,9 +239,9 @@ def instructions(task: str, noun: str, source: str, target: str, key: str) -> li
     fields = {"source": source, "it": "them" if source in _PLURAL_WORDS else "it", "a_target": with_article(target)}
     if task == "edit_tone":
         fields = {"tone": target}
-    if "colour" in task:
+    if task in ("edit_colour", "edit_recolour"):
         fields = {"shape": noun, "colour": target, "a_target": with_article(f"{target} {noun}")}
-    first, templates = zlib.crc32(key.encode()), _EDITS[task.replace("recolour", "colour")]
+    first, templates = zlib.crc32(key.encode()), _EDITS[task]
     chosen = [templates[(first + 3 * i) % len(templates)] for i in range(2 if task == "edit_colour" else 1)]
     return [template.format(**fields) for template in chosen]
 

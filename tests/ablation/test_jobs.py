@@ -179,7 +179,7 @@ def test_a_stage_through_the_door(tmp_path, monkeypatch, capsys):
     """One that `train` really takes: a VLM that only reads, with queries that wait; the rest is left for later."""
     data = tiny.write_dataset(tmp_path / "data")
     absent = ("vision_target", "compose", "edit_gender", "recolour")
-    given = [given for given in tiny.overrides("stage1", data) if not any(name in given for name in absent)]
+    given = [each for each in tiny.overrides("stage1", data) if not any(name in each for name in absent)]
     given = [f"--language.{override.removeprefix('--config.')}" for override in given]
     shards = data / "edit_tone-train-*.array_record"
     given += [f"--language.data.sources.sequence_tone.shards={shards}", "--language.total_steps=2"]
