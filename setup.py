@@ -45,12 +45,12 @@ setup(
         "tokenizers>=0.22",
         "ml_collections>=1.1",
         "absl-py>=2.3",
+        "cykooz-resizer>=4.0",  # Pillow's resizing in SIMD
         "fsspec>=2024.6",
         "msgpack>=1.1",
         "numpy>=2.0",
         "pillow>=11.3",
         "pyarrow>=18.0",
-        "pyvips[binary]>=3.0",
         "simplejpeg>=1.9",  # Pillow decodes damaged JPEG files to grey areas in silence; this one tells
         "tensorboardX>=2.6.4",
         "tqdm>=4.66",

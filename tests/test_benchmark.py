@@ -109,7 +109,7 @@ def test_table_of_the_data_pipeline(tmp_path) -> None:
             assert one["opening"] + one["each"] * 144 / 4 < whole  # of at least four batches, two are timed apart
             assert 0 < one["cpu"] < 2 * whole
         each[name] = np.median([one["each"] for one in passes])
-        rates[name] = np.median([1 / one["each"] for one in passes]) / (1 if name == CEILING else 2)
+        rates[name] = np.median([1 / one["each"] for one in passes]) / 2
     assert result["ratio"] == pytest.approx(each[OURS] / min(each["webdataset"], each["datasets"]))
     for row, (name, rate) in zip(rows, rates.items(), strict=True):
         assert f"{rate:.1f} [" in row
@@ -169,7 +169,7 @@ def test_no_rate_where_examples_are_not_the_same(enter, monkeypatch, broken) -> 
 
 
 def test_too_few_examples_for_a_rate(enter, monkeypatch) -> None:
-    monkeypatch.setattr(data, "our_batches", lambda config: iter([data.Batch([(0, np.zeros((4, 4, 3)), [1])], {})]))
+    monkeypatch.setattr(data, "our_batches", lambda config: iter([data.Batch(1, {}, list)]))
     code, _, error = enter("data", "--repeats=1", "--threads=1")
     assert code == 2
     assert "40 examples make 1 batches, none after the first of all 1 workers" in error

@@ -5,14 +5,16 @@ ours in threads (one more, since they wait for each other), the others in proces
 tokens. Ours packs several examples into a row; the others put one into a row and pad it to the longest of the batch,
 and what they make of every example must be what ours makes of it: the same tokens, and pixels but for rounding. Opening
 the shards and starting the workers, to the first batch, is timed apart from what follows when each worker has given a
-batch; what is made once for all passes (our scan, the Arrow files) is there already. The ceiling is a loop in one
-thread that decodes, crops and resizes the same files, held in memory.
+batch; what is made once for all passes (our scan, the Arrow files) is there already. The ceiling is what decodes, crops
+and resizes the same files, held in memory, in a thread a worker.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import io
+import itertools
 import pathlib
 import resource
 import tempfile
@@ -34,14 +36,14 @@ from mmcore_jax.benchmarks.timing import CEILING, OURS, Comparison, Contestant, 
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import image as image_lib
-from mmcore_jax.data.layout import ChatFormat
+from mmcore_jax.data.layout import ChatFormat, Tokens
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.data.text import load_tokenizer, train_tokenizer
 from mmcore_jax.nn import masks
 
 WARMUP = 1
 STRIDE = 16  # of the pixels that are compared
-TOLERANCE = 0.05  # of 255 levels: where ours shrinks by libvips, it rounds otherwise than Pillow
+TOLERANCE = 0.05  # of 255 levels: ours resizes in SIMD, which rounds otherwise than Pillow
 LATENT_PATCH = 16
 FULL = dict(vlm=1.0, diffusion=1.0)
 WORDS = """a an the of in on at with and two three small large old new red blue white dark bright wooden woman man cat
@@ -74,10 +76,14 @@ class Pair(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Examples as (number, uint8 pixels, token ids), and how much of the batch's tokens of each kind is no padding."""
+    """How many examples there are, how much of the batch's tokens of each kind is no padding, and what to compare.
 
-    examples: list[tuple[int, np.ndarray, np.ndarray]]
+    `examples` gives (number, some uint8 pixels, token ids) of each, once the pass is over.
+    """
+
+    count: int
     used: dict[str, float]
+    examples: Callable[[], list[tuple[int, np.ndarray, np.ndarray]]]
 
 
 class Pass(NamedTuple):
@@ -99,7 +105,7 @@ class Throughput(NamedTuple):
 
     def rates(self, name: str) -> np.ndarray:
         """Examples a second and core, of every repeat."""
-        return 1 / (1 if name == CEILING else self.workers) / self.times(name, "each")
+        return 1 / self.workers / self.times(name, "each")
 
     def times(self, name: str, field: str) -> np.ndarray:
         """A field of `Pass`, of every repeat."""
@@ -145,7 +151,7 @@ def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
         sources = {OURS: lambda: our_batches(config)}
         for peer, load in LOADERS.items():
             sources[peer] = functools.partial(their_batches, load, directory, sizes, workers, chat)
-        sources[CEILING] = lambda: decoded(pairs, tokens, sizes.image_size)
+        sources[CEILING] = lambda: decoded(pairs, tokens, sizes.image_size, workers)
         contestants = [Contestant(name, functools.partial(run, name, batches)) for name, batches in sources.items()]
         comparison = compare("data", dataclasses.asdict(sizes), contestants, WARMUP, repeats, TOLERANCE)
     counted = {name: times[-repeats:] for name, times in passes.items()}
@@ -159,19 +165,18 @@ def digest(
 
     Of an example `[count, n]` there are some pixels and a checksum of the tokens; not a number where one is missing.
     """
-    found, shares, came = {}, [], []
-    start, cpu = time.perf_counter(), cpu_seconds()
+    came, start, cpu = [], time.perf_counter(), cpu_seconds()
     for batch in batches():
-        came.append((time.perf_counter(), len(batch.examples)))
-        shares.append(batch.used)
-        for number, pixels, ids in batch.examples:
-            checksum = zlib.crc32(np.asarray(ids, np.int32)).to_bytes(4)
-            found[number] = np.append(pixels[::STRIDE, ::STRIDE], np.frombuffer(checksum, np.uint8))
+        came.append((time.perf_counter(), batch))
     if len(came) <= workers:
         raise UserError(f"{count} examples make {len(came)} batches, none after the first of all {workers} workers.")
     since, last = came[workers - 1][0], came[-1][0]
-    each = (last - since) / sum(size for _, size in came[workers:])
+    each = (last - since) / sum(batch.count for _, batch in came[workers:])
     times = Pass(came[0][0] - start, each, (cpu_seconds() - cpu) / count)
+    found, shares = {}, [batch.used for _, batch in came]
+    for number, pixels, ids in itertools.chain.from_iterable(batch.examples() for _, batch in came):
+        checksum = zlib.crc32(np.asarray(ids, np.int32)).to_bytes(4)
+        found[number] = np.append(pixels, np.frombuffer(checksum, np.uint8))
     values = np.stack(list(found.values()))
     every = np.full((count, values.shape[1]), np.nan, np.float32)
     every[list(found)] = values
@@ -240,19 +245,31 @@ def write(directory: pathlib.Path, pairs: list[Pair], shards: int) -> None:
 
 def our_batches(config: Config) -> Iterator[Batch]:
     """A pass of the pipeline: the batches until every example has come."""
-    batches, seen = Batches(config), set()
+    batches, left = Batches(config), config.data.window
     for batch in batches.iterate(0):
-        tokens, diffusion, pixels = batch.arrays.tokens, batch.arrays.diffusion, batch.arrays.images.pixels
-        taken = tokens.meta.kind != masks.PAD
-        examples = []
-        for row, names in enumerate(batch.ids):
-            for document, name in enumerate(names):
-                ids = tokens.ids[row, taken[row] & (tokens.meta.document[row] == document)]
-                examples.append((int(name), pixels[row, document], ids))
-        yield Batch(examples, dict(vlm=taken.mean(), diffusion=np.mean(diffusion.latent_meta.kind != masks.PAD)))
-        seen.update(number for number, *_ in examples)
-        if len(seen) == config.data.window:
+        tokens, pixels = batch.arrays.tokens, some_of(batch.arrays.images.pixels)
+        used = dict(vlm=tokens.meta.kind, diffusion=batch.arrays.diffusion.latent_meta.kind)
+        used = {name: np.mean(kind != masks.PAD) for name, kind in used.items()}
+        left -= (count := sum(map(len, batch.ids)))
+        yield Batch(count, used, functools.partial(our_examples, batch.ids, tokens, pixels))
+        if left <= 0:
             return
+
+
+def our_examples(names: list[list[str]], tokens: Tokens, pixels: np.ndarray) -> list:
+    """The examples of rows: of each row the documents in order."""
+    examples = []
+    for row, documents in enumerate(names):
+        taken = tokens.meta.kind[row] != masks.PAD
+        for document, name in enumerate(documents):
+            ids = tokens.ids[row, taken & (tokens.meta.document[row] == document)]
+            examples.append((int(name), pixels[row, document], ids))
+    return examples
+
+
+def some_of(pixels: np.ndarray) -> np.ndarray:
+    """The pixels to compare, of `[..., height, width, 3]`."""
+    return pixels[..., ::STRIDE, ::STRIDE, :].copy()
 
 
 def their_batches(
@@ -261,19 +278,36 @@ def their_batches(
     """A pass of a DataLoader; each row has the words of the chat format and the queries around its caption."""
     before, after = frame(chat, sizes)
     for batch in load(directory, sizes, workers, load_tokenizer(directory / "tokenizer")):
-        valid = batch["valid"].numpy().astype(bool)
-        examples = [
-            (int(number), pixels, np.concatenate([before, ids[kept], after]))
-            for number, pixels, ids, kept in zip(batch["number"], batch["pixels"].numpy(), batch["ids"].numpy(), valid)
-        ]
+        numbers, ids, valid, pixels = (batch[name].numpy() for name in ("number", "ids", "valid", "pixels"))
+        examples = functools.partial(their_examples, numbers, some_of(pixels), ids, valid == 1, before, after)
         around = len(before) + len(after)
-        yield Batch(examples, dict(vlm=(valid.sum(axis=1) + around).mean() / (valid.shape[1] + around), diffusion=1.0))
+        used = dict(vlm=(valid.sum(axis=1) + around).mean() / (valid.shape[1] + around), diffusion=1.0)
+        yield Batch(len(numbers), used, examples)
 
 
-def decoded(pairs: list[Pair], tokens: list[np.ndarray], size: int) -> Iterator[Batch]:
-    """Our decoder alone, beside tokens that are there already."""
-    for number, (pair, ids) in enumerate(zip(pairs, tokens)):
-        yield Batch([(number, image_lib.decode(pair.encoded, size), ids)], FULL)
+def their_examples(
+    numbers: np.ndarray, pixels: np.ndarray, ids: np.ndarray, valid: np.ndarray, before: list[int], after: list[int]
+) -> list:
+    """The examples of padded rows, with the words around their captions."""
+    tokens = (np.concatenate([before, row[kept], after]) for row, kept in zip(ids, valid))
+    return list(zip(numbers.tolist(), pixels, tokens))
+
+
+def decoded(pairs: list[Pair], tokens: list[np.ndarray], size: int, workers: int) -> Iterator[Batch]:
+    """Our decoder alone, in as many threads, beside tokens that are there already."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+        ahead = collections.deque()
+        for number, pair in enumerate(pairs):
+            ahead.append((number, threads.submit(image_lib.decode, pair.encoded, size)))
+            if len(ahead) > 2 * workers:
+                yield decoded_example(*ahead.popleft(), tokens)
+        for one in ahead:
+            yield decoded_example(*one, tokens)
+
+
+def decoded_example(number: int, pixels: concurrent.futures.Future, tokens: list[np.ndarray]) -> Batch:
+    example = number, some_of(pixels.result()), tokens[number]
+    return Batch(1, FULL, lambda: [example])
 
 
 def frame(chat: ChatFormat, sizes: DataSizes) -> tuple[list[int], list[int]]:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyvips
 import simplejpeg
+from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmcore_jax.config import QwenVision, UserError
@@ -30,6 +30,8 @@ MAXIMUM_PIXELS = 64_000_000
 MAXIMUM_SIDE = 32_768
 MAXIMUM_ASPECT_RATIO = 200
 _LARGE = 256 * 256  # pixels
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of an image, in pixels, as Pillow has them."""
 # Pillow knows dozens more, some of which run other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000")
 # What libjpeg says of the pixels' data; it warns of metadata, too, whose markers are 0xe0 to 0xef and 0xfe.
@@ -46,9 +48,6 @@ _UPRIGHT = {
 }
 _SIDEWAYS = tuple(_UPRIGHT[number] for number in (5, 6, 7, 8))
 
-# The pipeline's threads and workers are parallel already, and no image comes twice.
-pyvips.concurrency_set(1)
-pyvips.cache_set_max(0)
 # On odd metadata Pillow warns and logs, once per record. What it cannot decode, it raises.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -158,39 +157,37 @@ def decode(encoded: bytes, height: int, width: int | None = None) -> np.ndarray:
       BadExample: if the bytes are no image, or one of more than `MAXIMUM_PIXELS`.
     """
     width = width or height
-    return scale(centre_crop(open_rgb(encoded), (height, width)), height, width)
+    image = open_rgb(encoded)
+    return scale(image, height, width, middle(image, (height, width)))
 
 
-def scale(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Resizes to uint8 `[height, width, 3]`, by area where the image has multiples of both, else bicubically.
+def scale(image: Image.Image, height: int, width: int, box: Box | None = None) -> np.ndarray:
+    """Resizes the part `box` to uint8 `[height, width, 3]`, by area where it has multiples of both, else bicubically.
 
-    Large images shrink by libvips, a few times faster than by Pillow; values differ by rounding.
+    Large parts are resized in SIMD, several times faster than by Pillow. Values differ by rounding, and at the edges of
+    a part by what lies beyond, as in Pillow's `ImageOps.fit`.
     """
-    (rows, row_rest), (columns, column_rest) = divmod(image.height, height), divmod(image.width, width)
-    if not (row_rest or column_rest):
-        return np.asarray(image.reduce((columns, rows)))
-    if not (rows and columns) or image.height * image.width < _LARGE:
-        return resize(image, height, width)
-    try:
-        memory = pa.array(image).flatten().buffers()[1]
-    except ValueError:  # Pillow keeps what is large in pieces
-        memory = image.tobytes("raw", "RGBX")
-    pixels = pyvips.Image.new_from_memory(memory, image.width, image.height, 4, "uchar")
-    shrunk = pixels.resize(width / image.width, vscale=height / image.height, kernel="cubic", gap=3.0)
-    return np.frombuffer(shrunk.write_to_memory(), np.uint8).reshape(height, width, 4)[..., :3]
+    box = box or (0, 0, *image.size)
+    left, top, columns, rows = box[0], box[1], box[2] - box[0], box[3] - box[1]
+    by_area = not (columns % width or rows % height)
+    if columns * rows < _LARGE:
+        part = image.crop(box)
+        return np.asarray(part.reduce((columns // width, rows // height))) if by_area else resize(part, height, width)
+    kernel = ResizeAlg.convolution(FilterType.box if by_area else FilterType.catmull_rom)  # Pillow's bicubic one
+    resized = Image.new("RGB", (width, height))
+    Resizer().resize_pil(image, resized, ResizeOptions(kernel, crop_box=CropBox(left, top, columns, rows)))
+    return np.asarray(resized)
 
 
-def centre_crop(image: Image.Image, shape: tuple[float, float]) -> Image.Image:
-    """The middle of an image, the largest part of it that is as wide for its height as `shape`, (height, width)."""
+def middle(image: Image.Image, shape: tuple[float, float]) -> Box:
+    """The largest part of an image, in its middle, that is as wide for its height as `shape`, (height, width)."""
     height, width = crop_size(image.height, image.width, shape)
-    if image.size == (width, height):
-        return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return left, top, left + width, top + height
 
 
 def crop_size(height: int, width: int, shape: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of what `centre_crop` leaves of an image of `height` x `width`."""
+    """Height and width of the `middle` of an image of `height` x `width`."""
     rows, cols = shape
     if width * rows > height * cols:
         return height, max(1, round(height * cols / rows))

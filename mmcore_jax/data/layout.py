@@ -468,12 +468,11 @@ def picture(frame: Frame, sizes: Geometry) -> Picture:
     if not (seen or targeted or drawn):
         return Picture()
     image = image_lib.open_rgb(frame.encoded)
-    if frame.shape:
-        image = image_lib.centre_crop(image, frame.shape)
+    box = image_lib.middle(image, frame.shape) if frame.shape else (0, 0, *image.size)
     return Picture(
-        vlm=image_lib.resize(image, *frame.size) if seen else None,
-        target=image_lib.scale(image, sizes.target_size, sizes.target_size) if targeted else None,
-        pixels=image_lib.scale(image, *sizes.drawn(frame.shape)) if drawn else None,
+        vlm=image_lib.resize(image.crop(box) if frame.shape else image, *frame.size) if seen else None,
+        target=image_lib.scale(image, sizes.target_size, sizes.target_size, box) if targeted else None,
+        pixels=image_lib.scale(image, *sizes.drawn(frame.shape), box) if drawn else None,
     )
 
 
@@ -576,15 +575,15 @@ def _write_item(
     start, first_slot = at.token, at.slot
     span = slice(start, start + len(item.ids))
     tokens = batch.tokens
-    tokens.ids[b, span] = item.ids
-    kinds = np.array(item.kinds)
-    _write_meta(
-        tokens.meta, b, span, document, np.minimum(item.frame_of, max(len(item.frames) - 1, 0)) + first_slot, kinds
-    )
+    ids, kinds, learned = np.array(item.ids), np.array(item.kinds), np.flatnonzero(item.learned)
+    frames = np.minimum(item.frame_of, max(len(item.frames) - 1, 0)) + first_slot
+    _write_meta(tokens.meta, b, span, document, frames, kinds)
+    tokens.ids[b, span] = ids
     tokens.positions[b, span] = item.positions
-    tokens.source[b, span] = np.array(item.source) + np.where(kinds == IMAGE, at.patch // sizes.merge**2, 0)
-    learned = np.flatnonzero(item.learned)
-    tokens.targets[b, start + learned - 1] = np.array(item.ids)[learned]
+    tokens.source[b, span] = item.source
+    if at.patch:
+        tokens.source[b, span][kinds == IMAGE] += at.patch // sizes.merge**2
+    tokens.targets[b, start + learned - 1] = ids[learned]
     at.token = span.stop
 
     for number, (frame, picture) in enumerate(zip(item.frames, pictures)):
@@ -617,24 +616,37 @@ def _write_patches(patches: Patches, b: int, document: int, picture: np.ndarray,
 
 
 def _write_frame(out: Diffusion, b: int, document: int, frame: Frame, start: int, at: _Cursor, sizes: Geometry) -> None:
-    (rows, cols), grid = frame.shape, sizes.query_grid
-    top, left = (rows + 1) // 2, (cols + 1) // 2
     if frame.generate:
         span = slice(at.context, at.context + len(frame.text))
         _write_meta(out.context_meta, b, span, document, at.slot, TEXT)
         out.context_source[b, span] = start + np.array(frame.text, np.int32)
-        query = np.arange(grid * grid)
+        query, *places = _query_places(frame.shape, sizes.query_grid)
         span = slice(span.stop, span.stop + query.size)
-        y, x = ((2 * index + 1) * side // (2 * grid) for index, side in zip(divmod(query, grid), frame.shape))
-        _write_meta(out.context_meta, b, span, document, at.slot, VISUAL, y - top, x - left)
+        _write_meta(out.context_meta, b, span, document, at.slot, VISUAL, *places)
         out.context_source[b, span] = at.slot * query.size + query
         at.context = span.stop
-    patch = np.arange(rows * cols)
+    patch, *places = _patch_places(frame.shape)
     for kind in [CLEAN] * frame.clean + [NOISED] * frame.generate:
         span = slice(at.latent, at.latent + patch.size)
-        _write_meta(out.latent_meta, b, span, document, at.slot, kind, patch // cols - top, patch % cols - left)
+        _write_meta(out.latent_meta, b, span, document, at.slot, kind, *places)
         out.latent_source[b, span] = at.slot * sizes.latent_capacity + patch
         at.latent = span.stop
+
+
+@functools.cache
+def _patch_places(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the latent patches of an image, and their rows and columns from its centre."""
+    rows, cols = shape
+    patch = np.arange(rows * cols)
+    return patch, patch // cols - (rows + 1) // 2, patch % cols - (cols + 1) // 2
+
+
+@functools.cache
+def _query_places(shape: Shape, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of the queries of an image, and the latent patches that each is in the middle of, from the centre."""
+    query = np.arange(grid * grid)
+    places = ((2 * n + 1) * side // (2 * grid) - (side + 1) // 2 for n, side in zip(divmod(query, grid), shape))
+    return query, *places
 
 
 def _write_meta(meta: TokenMeta, b: int, span: slice, document: int, frame, kind, row=0, col=0) -> None:

@@ -1,5 +1,6 @@
 """What a token is, where it stands, and how images become tokens: NumPy alone, for processes that prepare data."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,11 +49,16 @@ def mrope_positions(in_grid: np.ndarray, grids: Sequence[tuple[int, int]]) -> np
         first = start + int(np.argmax(in_grid[start:]))
         positions[start:first] = position + np.arange(first - start)[:, None]
         position, start = position + first - start, first + rows * cols
-        index = np.arange(rows * cols)
-        positions[first:start] = position + np.stack([0 * index, index // cols, index % cols], axis=1)
+        positions[first:start] = position + _places(rows, cols)
         position += max(rows, cols)
     positions[start:] = position + np.arange(len(in_grid) - start)[:, None]
     return positions
+
+
+@functools.lru_cache(1024)
+def _places(rows: int, cols: int) -> np.ndarray:
+    """`[rows * cols, 3]`: (0, row, column)."""
+    return np.indices((1, rows, cols)).reshape(3, -1).T
 
 
 def merge_order(rows: int, cols: int, merge: int) -> tuple[np.ndarray, np.ndarray]:

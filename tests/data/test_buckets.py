@@ -226,9 +226,10 @@ def test_images_lose_nothing_but_the_crop(expected):
                 continue
             number = int(names[0].split("-")[1])
             size = [(16, 16), WIDE, TALL][number % 3]
-            image = layout.image_lib.centre_crop(Image.fromarray(pixels(number, *size)), (height, width))
+            image = Image.fromarray(pixels(number, *size))
+            box = layout.image_lib.middle(image, (height, width))
             found = batch.arrays.images.pixels[b, 0]
-            np.testing.assert_array_equal(found, layout.image_lib.scale(image, height, width))
+            np.testing.assert_array_equal(found, layout.image_lib.scale(image, height, width, box))
 
 
 def test_windows_begin_with_batches_and_lose_no_example(data):

@@ -145,21 +145,31 @@ def test_transparency_is_over_white():
     assert image_lib.decode(buffer.getvalue(), 4).min() == 255
 
 
-# Height and width: fewer of both, many fewer, divisors, more of one; and an image that Pillow keeps in pieces.
-SCALES = [((600, 512), (384, 384)), ((600, 512), (33, 47)), ((600, 512), (200, 256)), ((600, 512), (700, 300))]
-SCALES += [((2400, 2401), (77, 384))]
+# Height and width: fewer of both, many fewer, divisors, more of one; an image that Pillow keeps in pieces; and a part.
+SCALES = [((600, 512), (384, 384), None), ((600, 512), (33, 47), None), ((600, 512), (200, 256), None)]
+SCALES += [((600, 512), (700, 300), None), ((2400, 2401), (77, 384), None), ((600, 700), (384, 384), (51, 2, 649, 600))]
 
 
-@pytest.mark.parametrize(("size", "wanted"), SCALES)
-def test_large_images_shrink_as_pillow_shrinks_them_but_for_rounding(size, wanted, record_property):
+@pytest.mark.parametrize(("size", "wanted", "box"), SCALES)
+def test_large_images_are_resized_as_pillow_does_it_but_for_rounding(size, wanted, box, record_property):
     image = PHOTOGRAPH.resize(size[::-1])
     resample = Image.Resampling.BOX if wanted == (200, 256) else Image.Resampling.BICUBIC
-    expected = np.asarray(image.resize(wanted[::-1], resample)).astype(int)
+    expected = np.asarray(image.resize(wanted[::-1], resample, box)).astype(int)
 
     def error(found: np.ndarray) -> float:
         return float(np.sqrt(np.mean((found - expected) ** 2)))
 
-    found = error(image_lib.scale(image, *wanted))
+    found = error(image_lib.scale(image, *wanted, box))
     record_property("levels", found)
-    assert found < 1.2
-    assert error(np.asarray(image.resize(wanted[::-1], Image.Resampling.BILINEAR))) > 1.5 * found
+    assert found < 1.0
+    assert error(np.asarray(image.resize(wanted[::-1], Image.Resampling.BILINEAR, box))) > 1.5 * found
+    if box:
+        assert error(image_lib.scale(image, *wanted)) > 10 * found
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((200, 200), (100, 50)), ((200, 200), (96, 96))])
+def test_small_images_are_resized_by_pillow(size, wanted):
+    image, box = PHOTOGRAPH.resize(size), (20, 0, 120, 100)
+    part = image.crop(box)
+    expected = part.reduce((2, 1)) if wanted == (100, 50) else part.resize(wanted[::-1], Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(image_lib.scale(image, *wanted, box), expected)
