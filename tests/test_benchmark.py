@@ -90,15 +90,15 @@ benchmark.main()"""
 
 def test_table_of_the_data_pipeline(tmp_path) -> None:
     """In a process of its own, which workers can be forked from: JAX has not started its threads in it."""
-    command = [sys.executable, "-c", SMALL_PHOTOGRAPHS, "data", "--examples=144", "--repeats=2", "--threads=2"]
+    command = [sys.executable, "-c", SMALL_PHOTOGRAPHS, "data", "--examples=216", "--repeats=2", "--threads=2"]
     ran = subprocess.run([*command, f"--json={tmp_path / 'out.json'}"], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     said = [line for line in ran.stderr.splitlines() if "Warning" in line]
     assert all("leaked shared_memory" in line for line in said)  # grain's, which Python removes at the end
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert (result["examples"], result["workers"], result["difference"]) == (144, 2, 0.0)
+    assert (result["examples"], result["workers"], result["difference"]) == (216, 2, 0.0)
     title, environment, _, *rows = ran.stdout.splitlines()
-    assert title.startswith("data, 144 examples a pass, 2 workers")
+    assert title.startswith("data, 216 examples a pass, 2 workers")
     assert f"webdataset {importlib.metadata.version('webdataset')}" in environment
     assert [row.partition("  ")[0] for row in rows] == [OURS, "webdataset", "datasets", CEILING]
     assert "scanning" in ran.stderr  # once, before what is timed
@@ -106,7 +106,7 @@ def test_table_of_the_data_pipeline(tmp_path) -> None:
     for name, passes in result["passes"].items():
         assert len(passes) == 2
         for whole, one in zip(result["seconds"][name], passes, strict=True):
-            assert one["opening"] + one["each"] * 144 / 4 < whole  # of at least four batches, two are timed apart
+            assert one["opening"] + one["each"] * 216 / 6 < whole  # of at least six batches, four are timed apart
             assert 0 < one["cpu"] < 2 * whole
         each[name] = np.median([one["each"] for one in passes])
         rates[name] = np.median([1 / one["each"] for one in passes]) / 2
@@ -172,7 +172,7 @@ def test_too_few_examples_for_a_rate(enter, monkeypatch) -> None:
     monkeypatch.setattr(data, "our_batches", lambda config: iter([data.Batch(1, {}, list)]))
     code, _, error = enter("data", "--repeats=1", "--threads=1")
     assert code == 2
-    assert "40 examples make 1 batches, none after the first of all 1 workers" in error
+    assert "40 examples make 1 batches, none after the first 2" in error
 
 
 @pytest.mark.parametrize(

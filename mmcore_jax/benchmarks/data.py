@@ -1,10 +1,10 @@
 """Examples a second of our pipeline, beside webdataset and Hugging Face datasets with PyTorch's DataLoader.
 
 All read the same photographs and captions, each from its own kind of shard, decode, crop and resize in as many workers,
-ours in threads (one more, since they wait for each other), the others in processes, and make batches of pixels and
+ours in threads (twice as many, since they wait for each other), the others in processes, and make batches of pixels and
 tokens. Ours packs several examples into a row; the others put one into a row and pad it to the longest of the batch,
 and what they make of every example must be what ours makes of it: the same tokens, and pixels but for rounding. Opening
-the shards and starting the workers, to the first batch, is timed apart from what follows when each worker has given a
+the shards and starting the workers, to the first batch, is timed apart from what follows when each thread has given a
 batch; what is made once for all passes (our scan, the Arrow files) is there already. The ceiling is what decodes, crops
 and resizes the same files, held in memory, in a thread a worker.
 """
@@ -42,6 +42,7 @@ from mmcore_jax.data.text import load_tokenizer, train_tokenizer
 from mmcore_jax.nn import masks
 
 WARMUP = 1
+THREADS = 2  # of ours for each worker
 STRIDE = 16  # of the pixels that are compared
 TOLERANCE = 0.05  # of 255 levels: ours resizes in SIMD, which rounds otherwise than Pillow
 LATENT_PATCH = 16
@@ -90,7 +91,7 @@ class Pass(NamedTuple):
     """Times of a pass, in seconds. `cpu` is of all processes, opening included."""
 
     opening: float  # to the first batch
-    each: float  # an example, once every worker has given a batch
+    each: float  # an example, once every thread of ours could have given a batch
     cpu: float  # an example
 
 
@@ -128,7 +129,7 @@ def measure(sizes: DataSizes, repeats: int, workers: int) -> Throughput:
     """Times passes over the examples, which it writes into a temporary directory first.
 
     Raises:
-      UserError: if there are too few examples for a batch after the first of every worker.
+      UserError: if there are too few examples for a batch after the first ones.
     """
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
@@ -165,13 +166,13 @@ def digest(
 
     Of an example `[count, n]` there are some pixels and a checksum of the tokens; not a number where one is missing.
     """
-    came, start, cpu = [], time.perf_counter(), cpu_seconds()
+    came, start, cpu, first = [], time.perf_counter(), cpu_seconds(), THREADS * workers
     for batch in batches():
         came.append((time.perf_counter(), batch))
-    if len(came) <= workers:
-        raise UserError(f"{count} examples make {len(came)} batches, none after the first of all {workers} workers.")
-    since, last = came[workers - 1][0], came[-1][0]
-    each = (last - since) / sum(batch.count for _, batch in came[workers:])
+    if len(came) <= first:
+        raise UserError(f"{count} examples make {len(came)} batches, none after the first {first}.")
+    since, last = came[first - 1][0], came[-1][0]
+    each = (last - since) / sum(batch.count for _, batch in came[first:])
     times = Pass(came[0][0] - start, each, (cpu_seconds() - cpu) / count)
     found, shares = {}, [batch.used for _, batch in came]
     for number, pixels, ids in itertools.chain.from_iterable(batch.examples() for _, batch in came):
@@ -350,7 +351,7 @@ def make_config(directory: pathlib.Path, sizes: DataSizes, workers: int, vocabul
             index=str(directory / "index"),
             features=(),
             workers=0,
-            threads=workers + 1,
+            threads=THREADS * workers,
             bad_record_limit=0.0,
         ),
         objectives=config_lib.Objectives(None, None, None, None),

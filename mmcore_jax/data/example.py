@@ -78,8 +78,8 @@ def validate(example: Any) -> Example:
 def _require(record: Any, types: dict[str, type], what: str) -> None:
     if not isinstance(record, dict):
         raise BadExample(f"{what} is {type(record).__name__}, expected a map")
-    if missing := sorted(set(types) - set(record)):
-        raise BadExample(f"{what} lacks {', '.join(missing)}")
+    if missing := types.keys() - record.keys():
+        raise BadExample(f"{what} lacks {', '.join(sorted(missing))}")
     if len(record) > len(types):
         raise BadExample(f"{what} holds more than {', '.join(types)}")
     for key, expected in types.items():
