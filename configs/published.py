@@ -144,7 +144,7 @@ def execution() -> ConfigDict:
         dict(
             compute_dtype="bfloat16",
             frozen_dtype="bfloat16",
-            attention="blockwise",
+            attention="flash",
             scan_layers=True,
             remat="full",
             compilation_cache="compiled",

@@ -642,7 +642,7 @@ class Execution:
 
     compute_dtype: Literal["float32", "bfloat16"]
     frozen_dtype: Literal["float32", "bfloat16"]
-    attention: Literal["dense", "blockwise"]
+    attention: Literal["dense", "blockwise", "flash"]
     scan_layers: bool
     remat: Literal["none", "dots", "full"]
     compilation_cache: str | None = None

@@ -363,14 +363,11 @@ class VisionBlock(nn.Module):
         def dense(features: int, names: tuple, name: str) -> Dense:
             return Dense(features, names, True, dtype, _INIT, name=name)
 
-        def rule(q: TokenMeta, k: TokenMeta) -> jax.Array:
-            same_window = masks.same_window(c.window_size // c.patch_size)
-            return masks.same_frame(q, k) & (full | same_window(q, k))
-
+        seen = masks.windows(meta, c.window_size // c.patch_size, full)
         y = RMSNorm(name="attention_norm")(x)
         q, k, v = (split_heads(dense(c.width, ("embed", "heads"), name)(y), c.heads) for name in "qkv")
         q, k = rotary.rotate(q, *code), rotary.rotate(k, *code)
-        y = attention(q, k, v, meta, meta, rule, self.execution.attention)
+        y = attention(q, k, v, seen, seen, masks.same_place, self.execution.attention)
         x = x + dense(c.width, ("heads", "embed"), "out")(merge_heads(y))
 
         y = RMSNorm(name="mlp_norm")(x)

@@ -1,12 +1,18 @@
 """Attention under a rule. B rows, L queries, S keys, H heads, K key/value heads, C channels per head.
 
 `dense` is the oracle that tests compare with. `blockwise` evaluates the rule one block of queries at a time and
-recomputes scores in the backward pass, so that memory is linear in the length.
+recomputes scores in the backward pass, so that memory is linear in the length. `flash` is a kernel on TPUs, which skips
+what the rule hides (`nn/flash.py`), and `blockwise` elsewhere.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from mmcore_jax import sharding
+from mmcore_jax.nn.flash import flash
 from mmcore_jax.nn.masks import Rule, TokenMeta
 
 BLOCK = 128
@@ -21,7 +27,7 @@ def attention(
     Each group of H / K query heads shares one key/value head. A query that the rule lets see nothing returns a mean of
     values that carries no meaning; callers ignore such positions.
     """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     return jnp.swapaxes(_IMPLEMENTATIONS[implementation](q, k, v, q_meta, k_meta, rule), 1, 2)
 
 
@@ -33,7 +39,7 @@ def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: 
     )
     # Heads that share a key are one longer sequence in both products, and what divides the weights divides their sum
     # of values instead: XLA on CPU is twice as fast then.
-    longer = (q * channels**-0.5).reshape(rows, kv_heads, group * length, channels)
+    longer = q.reshape(rows, kv_heads, group * length, channels)
     scores = jnp.einsum("bklc,bksc->bkls", longer, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, kv_heads, group, length, keys) + jnp.where(visible, 0, _MASKED)[:, None, None]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True, initial=_MASKED)))
@@ -65,4 +71,28 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_me
     return out.reshape(*out.shape[:2], blocks * BLOCK, out.shape[-1])[:, :, :length]
 
 
-_IMPLEMENTATIONS = {"dense": _dense, "blockwise": _blockwise}
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
+    """The compiler splits no kernel over a mesh, so that is done here: rows, heads and queries are independent."""
+    if q.shape[2] <= BLOCK:
+        return _dense(q, k, v, q_meta, k_meta, rule)
+
+    def local(*given):
+        return flash(*given, rule, _blockwise)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, q_meta, k_meta)
+    rows, heads, queries = (
+        axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+        for axes, size in (
+            (sharding.RULES["batch"], q.shape[0]),
+            (sharding.RULES["activation_heads"], k.shape[1]),
+            (sharding.RULES["length"], q.shape[2]),
+        )
+    )
+    of_queries, of_keys = PartitionSpec(rows, heads, queries), PartitionSpec(rows, heads)
+    split = of_queries, of_keys, of_keys, PartitionSpec(rows, queries), PartitionSpec(rows)
+    return jax.shard_map(local, in_specs=split, out_specs=of_queries, check_vma=False)(q, k, v, q_meta, k_meta)
+
+
+_IMPLEMENTATIONS = {"dense": _dense, "blockwise": _blockwise, "flash": _flash}

@@ -13,7 +13,7 @@ from mmcore_jax.nn.tokens import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL,
 
 __all__ = ["CLEAN", "IMAGE", "NOISED", "PAD", "QUERY", "TEXT", "VISUAL", "TokenMeta"]
 __all__ += ["DIFFUSION_RULES", "Rule", "alone", "block_causal", "causal", "concatenate", "history_visual"]
-__all__ += ["plain_meta", "same_document", "same_frame", "same_window"]
+__all__ += ["plain_meta", "same_document", "same_frame", "same_place", "windows"]
 
 Rule = Callable[[TokenMeta, TokenMeta], jax.Array]
 
@@ -57,13 +57,15 @@ def same_frame(q: TokenMeta, k: TokenMeta) -> jax.Array:
     return same_document(q, k) & (q.frame == k.frame)
 
 
-def same_window(size: int) -> Rule:
-    """The rule for windows of `size` by `size` patches: one window of one image."""
+def same_place(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    """One row and column of one image: of `windows`, what lies in the same one."""
+    return same_frame(q, k) & (q.row == k.row) & (q.col == k.col)
 
-    def rule(q: TokenMeta, k: TokenMeta) -> jax.Array:
-        return same_frame(q, k) & (q.row // size == k.row // size) & (q.col // size == k.col // size)
 
-    return rule
+def windows(meta: TokenMeta, size: int, whole: jax.Array) -> TokenMeta:
+    """Metadata in which rows and columns count windows of `size` by `size` patches, or images if `whole`, bool `[]`."""
+    row, col = (jnp.where(whole, 0, place // size) for place in (meta.row, meta.col))
+    return meta._replace(row=row, col=col)
 
 
 def block_causal(q: TokenMeta, k: TokenMeta) -> jax.Array:

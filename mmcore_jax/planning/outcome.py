@@ -13,6 +13,7 @@ from mmcore_jax import sharding
 from mmcore_jax.config import Config
 from mmcore_jax.nn.masks import PAD
 from mmcore_jax.planning import hlo
+from mmcore_jax.planning.kernels import Kernels, kernels
 from mmcore_jax.planning.predict import Prediction, chip_of, links, predict
 from mmcore_jax.planning.program import Program, devices, full_row, program
 from mmcore_jax.training.flops import peak_flops, step_flops
@@ -69,6 +70,7 @@ class Outcome:
     peak: float | None
     seconds: float | None = None
     kinds: dict[str, float] = dataclasses.field(default_factory=dict)
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
     cycles: float = 0.0
     compiled_flops: float = 0.0
     transfers: list[Transfer] = dataclasses.field(default_factory=list)
@@ -121,7 +123,7 @@ def evaluate(config: Config, topology: str, slices: int = 1) -> Outcome:
         _out_of_memory(outcome, str(error))
     else:
         _read_memory(outcome, compiled.memory_analysis())
-        _read_program(outcome, made, compiled)
+        _read_program(outcome, made, compiled, kernels(config, full_row(config)))
     outcome.compile_seconds = time.monotonic() - begin
     outcome.advice = advice(config, outcome)
     return outcome
@@ -240,21 +242,21 @@ def _bytes(number: str, unit: str) -> float:
 # --- The compiled program ---------------------------------------------------------------------------------------------
 
 
-def _read_program(outcome: Outcome, made: Program, compiled: Any) -> None:
+def _read_program(outcome: Outcome, made: Program, compiled: Any, kernels: Kernels) -> None:
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         outcome.notes.append(f"the compiler does not print this program, so its time is unknown: {_first_line(error)}")
         return
     module, wired = hlo.parse(text), links(made.mesh)
-    found = predict(module, dict(made.mesh.shape), wired)
+    found = predict(module, dict(made.mesh.shape), wired, kernels)
     outcome.cycles, outcome.compiled_flops = found.cycles, found.flops
     outcome.transfers = _transfers(found)
     outcome.temporaries = [Large(*item) for item in hlo.largest(module, PACKAGE, TEMPORARIES)]
     if outcome.capacity:
         outcome.replicated += _gathered(module, outcome)
     if wired:
-        outcome.seconds, outcome.kinds = found.seconds, dict(found.kinds)
+        outcome.seconds, outcome.kinds, outcome.parts = found.seconds, dict(found.kinds), dict(found.parts)
         outcome.kinds["exposed transfers"] = sum(transfer.exposed for transfer in outcome.transfers)
     if found.kernels:
         names = ", ".join(f"{name} ({count})" for name, count in found.kernels.items())

@@ -10,6 +10,7 @@ published, of which the predicted MFU was between 6% too low and 5% too high for
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -17,11 +18,14 @@ import numpy as np
 
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.hlo import Collective, Instruction, Module
+from mmcore_jax.planning.kernels import Kernels
 from mmcore_jax.training.flops import peak_flops
 
 ESTIMATE_OF_PRODUCTS, ESTIMATE_OF_OTHERS = 0.85, 0.35  # share of the compiler's estimate that is taken
 REACHED_PEAK, REACHED_BANDWIDTH, REACHED_LINKS = 0.95, 0.8, 0.9  # share of the chip's figures that is reached
 GIB = 1 << 30
+_PART = re.compile(r"/(vlm/vision|vlm|queries|connector|vision_target|conditioning|frames|dit|autoencoder)\b")
+REST, NONE = "the rest", Kernels()
 HOP = 1e-6  # seconds from a chip to the next
 
 
@@ -115,12 +119,16 @@ class Transfers:
 
 @dataclasses.dataclass
 class Prediction:
-    """A step, or a part of it: `seconds` and `cycles` in all, seconds by `kinds`, FLOPs that really run."""
+    """A step, or some of it: `seconds` and `cycles` in all, FLOPs that really run.
+
+    Of `seconds`, what is computed is listed by `kinds` of work and by `parts` of the model.
+    """
 
     seconds: float = 0.0
     cycles: float = 0.0
     flops: float = 0.0
     kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     transfers: dict[tuple[str, tuple[str, ...]], Transfers] = dataclasses.field(default_factory=dict)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # of unknown time
 
@@ -128,7 +136,7 @@ class Prediction:
         """Adds what runs `times` times."""
         self.cycles += times * other.cycles
         self.flops += times * other.flops
-        for mine, theirs in ((self.kinds, other.kinds), (self.kernels, other.kernels)):
+        for mine, theirs in zip((self.kinds, self.parts, self.kernels), (other.kinds, other.parts, other.kernels)):
             for name, value in theirs.items():
                 mine[name] += times * value
         for key, found in other.transfers.items():
@@ -137,17 +145,28 @@ class Prediction:
                 setattr(total, field.name, getattr(total, field.name) + times * getattr(found, field.name))
 
 
-def predict(module: Module, mesh: dict[str, int], links: Links | None, name: str | None = None) -> Prediction:
-    """Runs through a computation in its order. Without `links`, FLOPs, cycles and transfers are counted, not timed."""
-    name, total, free = name or module.entry, Prediction(), 0.0
+def predict(module: Module, mesh: dict[str, int], links: Links | None, kernels: Kernels = NONE) -> Prediction:
+    """Runs through a program in its order. Without `links`, FLOPs, cycles and transfers are counted, not timed."""
+    return _run(module, module.entry, REST, mesh, links, kernels)
+
+
+def _run(
+    module: Module, name: str, part: str, mesh: dict[str, int], links: Links | None, kernels: Kernels
+) -> Prediction:
+    """Runs through a computation, which belongs to a `part` of the model where an instruction does not say."""
+    total, free = Prediction(), 0.0
     pending: dict[str, tuple[float, Transfers]] = {}
     origins: dict[str, str] = {}  # what holds a transfer that has been started -> its start
     for line in module.computations[name].values():
-        nested, origin = _nested(module, line, mesh, links), next(filter(None, map(origins.get, line.operands)), None)
+        where = _part(line) or part
+        nested, origin = (
+            _nested(module, line, where, mesh, links, kernels),
+            next(filter(None, map(origins.get, line.operands)), None),
+        )
         if nested:
-            for part, times in nested:
-                total.include(part, times)
-                total.seconds += times * part.seconds
+            for one, times in nested:
+                total.include(one, times)
+                total.seconds += times * one.seconds
         elif hlo.is_done(line):
             total.seconds += _wait(total.seconds, *pending.pop(origin)) if origin in pending else 0.0
         elif found := hlo.collective(module, name, line):
@@ -162,7 +181,7 @@ def predict(module: Module, mesh: dict[str, int], links: Links | None, name: str
             else:
                 total.seconds += _wait(total.seconds, free, entry)
         elif line.opcode not in hlo.FREE:
-            _compute(total, module, name, line, links)
+            _compute(total, module, name, line, where, links, kernels)
         if origin in pending:
             origins[line.name] = origin
     for end, entry in pending.values():
@@ -176,28 +195,39 @@ def _wait(now: float, end: float, entry: Transfers) -> float:
     return waited
 
 
+def _part(line: Instruction) -> str | None:
+    found = _PART.search(line.op_name)
+    return found and found[1]
+
+
 def _nested(
-    module: Module, line: Instruction, mesh: dict[str, int], links: Links | None
+    module: Module, line: Instruction, part: str, mesh: dict[str, int], links: Links | None, kernels: Kernels
 ) -> Sequence[tuple[Prediction, int]]:
     """What a loop, a call or a choice runs, and how often; of a choice the longest branch."""
+
+    def run(name: str) -> Prediction:
+        return _run(module, name, part, mesh, links, kernels)
+
     if line.opcode == "while":
-        return [(predict(module, mesh, links, line.called("body")), hlo.trips(module, line))]
+        return [(run(line.called("body")), hlo.trips(module, line))]
     if line.opcode == "call":
-        return [(predict(module, mesh, links, line.called("to_apply")), 1)]
+        return [(run(line.called("to_apply")), 1)]
     if line.opcode == "conditional":
-        choices = [predict(module, mesh, links, branch) for branch in hlo.branches(line)]
+        choices = [run(branch) for branch in hlo.branches(line)]
         return [(max(choices, key=lambda choice: (choice.seconds, choice.flops)), 1)]
     return ()
 
 
-def _compute(total: Prediction, module: Module, name: str, line: Instruction, links: Links | None) -> None:
-    flops = hlo.flops(module, name, line)
-    total.flops += flops
+def _compute(
+    total: Prediction, module: Module, name: str, line: Instruction, part: str, links: Links | None, kernels: Kernels
+) -> None:
     total.cycles += line.cycles
     if line.opcode == "custom-call" and not line.cycles:
         if line.called("custom_call_target") == "tpu_custom_call":
-            total.kernels[line.op_name.rsplit("/", 1)[-1] or line.name] += 1
+            _kernel(total, module, name, line, part, links, kernels)
         return
+    flops = hlo.flops(module, name, line)
+    total.flops += flops
     if links is None or line.opcode.endswith(("-start", "-done")):
         return
     chip = links.chip
@@ -206,5 +236,23 @@ def _compute(total: Prediction, module: Module, name: str, line: Instruction, li
         seconds = max(ESTIMATE_OF_PRODUCTS * line.cycles / chip.clock, flops / (REACHED_PEAK * links.peak), memory)
     else:
         seconds = max(ESTIMATE_OF_OTHERS * line.cycles / chip.clock, memory)
-    total.kinds["matrix products" if flops else "vector work and copies"] += seconds
+    _take(total, "matrix products" if flops else "vector work and copies", part, seconds)
+
+
+def _kernel(
+    total: Prediction, module: Module, name: str, line: Instruction, part: str, links: Links | None, kernels: Kernels
+) -> None:
+    cost = kernels.cost(module, name, line)
+    if cost is None:
+        total.kernels[line.op_name.rsplit("/", 1)[-1] or line.name] += 1
+        return
+    flops, reached = cost
+    total.flops += flops
+    if links:
+        _take(total, "attention kernels", part, flops / (reached * links.peak))
+
+
+def _take(total: Prediction, kind: str, part: str, seconds: float) -> None:
+    total.kinds[kind] += seconds
+    total.parts[part] += seconds
     total.seconds += seconds

@@ -93,6 +93,8 @@ def _time(outcome: Outcome) -> list[str]:
     if not outcome.seconds:
         return []
     lines = [[name, f"{1e3 * seconds:,.1f} ms"] for name, seconds in outcome.kinds.items()]
+    parts = sorted(outcome.parts.items(), key=lambda item: -item[1])
+    lines += [[f"in {part}", f"{1e3 * seconds:,.1f} ms"] for part, seconds in parts]
     lines.append(["step", f"{1e3 * outcome.seconds:,.1f} ms"])
     lines.append(["the compiler's estimate, loops included", f"{outcome.cycles / 1e6:,.1f} Mcycles"])
     lines += [[f"{name}/s", f"{count / outcome.seconds:,.1f}"] for name, count in outcome.rows.items()]

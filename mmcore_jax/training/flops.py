@@ -219,8 +219,9 @@ def _interleaved_attention(config: Config, batch: Interleaved) -> Attention:
     vision = model.vlm.vision
     full = len(set(vision.full_attention_blocks) & set(range(vision.depth)))
     yield "vlm/vision", _scores(vision.width, full, attention_pairs(patches, patches, masks.same_frame))
-    window = masks.same_window(vision.window_size // vision.patch_size)
-    yield "vlm/vision", _scores(vision.width, vision.depth - full, attention_pairs(patches, patches, window))
+    places = TokenMeta(*map(np.asarray, masks.windows(patches, vision.window_size // vision.patch_size, False)))
+    pairs = attention_pairs(places, places, masks.same_place)
+    yield "vlm/vision", _scores(vision.width, vision.depth - full, pairs)
 
     images = int(np.count_nonzero(batch.images.generated))
     if isinstance(model.connector, TransformerConnector) and (active.alignment or active.flow_matching):

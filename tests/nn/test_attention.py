@@ -1,4 +1,6 @@
-"""Attention under the two rules: nothing leaks, broken rules are caught, and blockwise equals dense."""
+"""Attention under the two rules: nothing leaks, broken rules are caught, and all implementations equal dense."""
+
+import functools
 
 import chex
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmcore_jax.nn import attention as attention_lib
-from mmcore_jax.nn import masks
+from mmcore_jax.nn import flash, masks
 from mmcore_jax.nn.attention import attention
 from mmcore_jax.nn.masks import CLEAN, PAD
 from tests import rows
@@ -24,8 +26,11 @@ RULES |= {name: (rule, MAY_SEE[name], DIFFUSION) for name, rule in masks.DIFFUSI
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks that do not divide the lengths."""
+    """Blocks that do not divide the lengths; kernels are interpreted."""
     monkeypatch.setattr(attention_lib, "BLOCK", 16)
+    monkeypatch.setattr(flash, "LANES", 16)
+    monkeypatch.setattr(flash, "BLOCK", 16)
+    monkeypatch.setattr(attention_lib, "flash", functools.partial(flash.flash, interpret=True))
     assert VLM.kind.shape[1] % 16
     assert DIFFUSION.kind.shape[1] % 16
 
@@ -44,7 +49,7 @@ def found_leaks(rule, may_see, meta, implementation):
     return leaks(function, x, visibility(may_see, meta, meta), np.asarray(meta.kind[0] != PAD))
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", "flash"])
 @pytest.mark.parametrize("name", RULES)
 def test_nothing_leaks(name, implementation):
     assert found_leaks(*RULES[name], implementation) == []
@@ -101,7 +106,8 @@ def test_the_checker_sees_a_gradient_that_is_cut():
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("length", [7, 16, 50, 61])
-def test_blockwise_equals_dense(name, length):
+@pytest.mark.parametrize("implementation", ["blockwise", "flash"])
+def test_equals_dense(name, length, implementation):
     rule, _, meta = RULES[name]
     meta = masks.TokenMeta(*(jnp.asarray(field[:, :length]) for field in meta))
     length = meta.kind.shape[1]
@@ -118,7 +124,7 @@ def test_blockwise_equals_dense(name, length):
         (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return out, gradients
 
-    chex.assert_trees_all_close(run("blockwise"), run("dense"), atol=2e-6, rtol=0)
+    chex.assert_trees_all_close(run(implementation), run("dense"), atol=2e-6, rtol=0)
 
 
 def test_grouped_heads_and_scale():
@@ -144,7 +150,7 @@ def test_a_query_that_sees_nothing_is_finite():
     chex.assert_tree_all_finite(jax.value_and_grad(loss)(q))
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", "flash"])
 def test_no_tokens(implementation):
     """As where nothing is remembered."""
     meta, x = masks.plain_meta(jnp.zeros((2, 0), bool)), jnp.zeros((2, 0, 4, 8))

@@ -1,0 +1,434 @@
+"""Flash attention under a rule, as kernels for TPUs (Dao, arXiv:2205.14135 and 2307.08691, in Pallas).
+
+Memory is linear in the length, and of the blocks of queries and keys only those are computed in which the rule lets
+something be seen; where it lets everything be seen, it is not evaluated. That follows from the metadata of the tokens,
+so it needs no mask of the length squared, and batches may pack their rows as they like. On other platforms the same
+function runs in plain JAX.
+
+B rows, L queries, S keys, H heads, K key/value heads, G = H / K, C channels per head, F fields of the metadata.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mmcore_jax.nn.masks import PAD, Rule, TokenMeta
+
+BLOCK = 1024  # tokens at most; 512 is a third slower on v5e
+LANES = 128
+NAME = "flash"
+_FIELDS = 8  # those of the metadata, in a whole tile
+_NOTHING, _SOME, _ALL = range(3)  # of a block of queries and keys that the rule lets be seen
+_MASKED = -1e30
+_VMEM = 64 << 20
+
+Reference = Callable[..., jax.Array]
+
+
+class Blocks(NamedTuple):
+    """For each block of one side, in order, what of each block of the other side is seen, and which block to load.
+
+    Both are int32, flat: `[B * blocks * other blocks]`. A block that is not needed is not loaded: the last one stays.
+    """
+
+    seen: jax.Array
+    load: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def flash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_meta: TokenMeta,
+    k_meta: TokenMeta,
+    rule: Rule,
+    reference: Reference,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns `[B, H, L, C]` for q `[B, H, L, C]`, which is scaled already, and k, v `[B, K, S, C]`.
+
+    Args:
+      q, k, v: queries, keys and values.
+      q_meta, k_meta: metadata of queries `[B, L]` and keys `[B, S]`.
+      rule: who may see whom.
+      reference: of the same arguments but `reference` and `interpret`, what runs where there is no TPU.
+      interpret: runs the kernels there too, slowly, to test them.
+    """
+    return _forward(q, k, v, q_meta, k_meta, rule, reference, interpret)[0]
+
+
+def _forward(q, k, v, q_meta, k_meta, rule, reference, interpret) -> tuple[jax.Array, tuple]:
+    def kernels(*given: Any) -> tuple[jax.Array, jax.Array]:
+        return _attend(*given, rule=rule, interpret=interpret)
+
+    def plain(*given: Any) -> tuple[jax.Array, jax.Array]:
+        return reference(*given, rule), jnp.zeros(q.shape[:3], jnp.float32)
+
+    given = q, k, v, q_meta, k_meta
+    out, log_sum = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
+    return out, (*given, out, log_sum)
+
+
+def _backward(rule, reference, interpret, residuals, gradient) -> tuple:
+    *given, out, log_sum = residuals
+
+    def kernels(gradient, out, log_sum, *given):
+        return _differentiate(gradient, out, log_sum, *given, rule=rule, interpret=interpret)
+
+    def plain(gradient, out, log_sum, q, k, v, q_meta, k_meta):
+        return jax.vjp(lambda *qkv: reference(*qkv, q_meta, k_meta, rule), q, k, v)[1](gradient)
+
+    given = gradient, out, log_sum, *given
+    if interpret:
+        return *kernels(*given), None, None
+    return *jax.lax.platform_dependent(*given, tpu=kernels, default=plain), None, None
+
+
+flash.defvjp(_forward, _backward)
+
+
+# --- What is passed to the kernels ------------------------------------------------------------------------------------
+
+
+def block_size(length: int) -> int:
+    """How many tokens a block has, of sequences of this length."""
+    return min(BLOCK, -(-length // LANES) * LANES)
+
+
+def _padded(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+    size, block = x.shape[axis], block_size(x.shape[axis])
+    widths = [(0, -size % block if number == axis else 0) for number in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _padded_meta(meta: TokenMeta) -> TokenMeta:
+    return TokenMeta(*(_padded(field, 1, PAD if name == "kind" else 0) for name, field in meta._asdict().items()))
+
+
+def _rows(meta: TokenMeta) -> jax.Array:
+    """`[B, F, L]`: tokens along lanes."""
+    fields = jnp.stack(meta, axis=1)
+    return jnp.pad(fields, ((0, 0), (0, _FIELDS - fields.shape[1]), (0, 0)))
+
+
+def visible_blocks(q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
+    """What of each block of queries and keys is seen, int32 `[B, query blocks, key blocks]`.
+
+    Queries that are padding do not count.
+    """
+    q_meta, k_meta = _padded_meta(q_meta), _padded_meta(k_meta)
+    (rows, length), keys = q_meta.kind.shape, k_meta.kind.shape[1]
+    visible = rule(
+        TokenMeta(*(field[:, :, None] for field in q_meta)), TokenMeta(*(field[:, None, :] for field in k_meta))
+    )
+    q_block, k_block = block_size(length), block_size(keys)
+    blocks = visible.reshape(rows, length // q_block, q_block, keys // k_block, k_block)
+    padding = (q_meta.kind == PAD).reshape(rows, length // q_block, q_block, 1, 1)
+    some, every = (blocks & ~padding).any(axis=(2, 4)), (blocks | padding).all(axis=(2, 4))
+    return jnp.where(some, jnp.where(every, _ALL, _SOME), _NOTHING)
+
+
+def _blocks(seen: jax.Array) -> Blocks:
+    """`seen` `[B, blocks, other blocks]`."""
+    last = jax.lax.cummax(jnp.where(seen > _NOTHING, jnp.arange(seen.shape[2]), -1), axis=2)
+    first = jnp.argmax(seen > _NOTHING, axis=2, keepdims=True)
+    return Blocks(seen.ravel(), jnp.where(last < 0, first, last).astype(jnp.int32).ravel())
+
+
+def _call(kernel: Callable, name: str, grid: tuple, blocks: Blocks, inputs: list, outputs: list, scratch: list, run):
+    """Runs a kernel over a grid whose last axis is a loop.
+
+    Args:
+      kernel: the function of references.
+      name: what it is called in a compiled program.
+      grid: (rows, heads, blocks, other blocks).
+      blocks: of that other side.
+      inputs: (array, shape of a block, index of a block) each.
+      outputs: (shape and type, shape of a block, index of a block) each.
+      scratch: shapes of float32 arrays that stay from step to step.
+      run: FLOPs if every block were computed, and whether to interpret.
+    """
+    flops, interpret = run
+    arrays, shapes = [array for array, *_ in inputs], [shape for shape, *_ in outputs]
+    moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=[pl.BlockSpec(block, index) for _, block, index in inputs],
+            out_specs=[pl.BlockSpec(block, index) for _, block, index in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        name=f"{NAME}_{name}",
+        interpret=interpret,
+    )(*blocks, *arrays)
+
+
+# --- Forward ----------------------------------------------------------------------------------------------------------
+
+
+def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns what is attended to, and the logarithm of the sum of each query's weights `[B, H, L]`."""
+    length = q.shape[2]
+    blocks = _blocks(visible_blocks(q_meta, k_meta, rule))
+    q, k, v = (_padded(x, 2) for x in (q, k, v))
+    q_meta, k_meta = map(_padded_meta, (q_meta, k_meta))
+    (rows, heads, padded, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
+    q_block, k_block, group = block_size(padded), block_size(keys), heads // kv_heads
+    loops = keys // k_block
+    grid = rows, heads, padded // q_block, loops
+
+    def of_keys(b, h, i, j, _, load):
+        return b, h // group, load[(b * grid[2] + i) * loops + j], 0
+
+    def of_key_meta(b, h, i, j, _, load):
+        return b, 0, load[(b * grid[2] + i) * loops + j]
+
+    def of_queries(b, h, i, j, *_):
+        return b, h, i, 0
+
+    out, log_sum = _call(
+        functools.partial(_attend_kernel, grid[2], loops, rule),
+        f"forward_{rule.__name__}",
+        grid,
+        blocks,
+        [
+            (q, (None, None, q_block, channels), of_queries),
+            (k, (None, None, k_block, channels), of_keys),
+            (v, (None, None, k_block, channels), of_keys),
+            (jnp.swapaxes(_rows(q_meta), 1, 2), (None, q_block, _FIELDS), lambda b, h, i, j, *_: (b, i, 0)),
+            (_rows(k_meta), (None, _FIELDS, k_block), of_key_meta),
+        ],
+        [
+            (jax.ShapeDtypeStruct(q.shape, q.dtype), (None, None, q_block, channels), of_queries),
+            (
+                jax.ShapeDtypeStruct((rows, heads, 1, padded), jnp.float32),
+                (None, None, 1, q_block),
+                lambda b, h, i, j, *_: (b, h, 0, i),
+            ),
+        ],
+        [(q_block, LANES), (q_block, LANES), (q_block, channels)],
+        (4 * rows * heads * padded * keys * channels, interpret),
+    )
+    return out[:, :, :length], log_sum[:, :, 0, :length]
+
+
+def _attend_kernel(
+    q_blocks, loops, rule, seen, _, q, k, v, q_meta, k_meta, out, log_sum, largest, total, values
+) -> None:
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    state = seen[(b * q_blocks + i) * loops + j]
+
+    @pl.when(j == 0)
+    def _():
+        largest[...] = jnp.full_like(largest, _MASKED)
+        total[...] = jnp.zeros_like(total)
+        values[...] = jnp.zeros_like(values)
+
+    def add(masked: bool) -> None:
+        scores = _product(q[...], k[...], 1, 1)
+        if masked:
+            scores = jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED)
+        before = largest[...]
+        after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+        weights, kept = jnp.exp(scores - after[:, :1]), jnp.exp(before - after)
+        largest[...] = after
+        total[...] = kept * total[...] + weights.sum(axis=1, keepdims=True)
+        values[...] = kept[:, :1] * values[...] + _product(weights.astype(v.dtype), v[...], 1, 0)
+
+    _where_seen(state, add)
+
+    @pl.when(j == loops - 1)
+    def _():
+        sums = jnp.where(total[...] == 0, 1.0, total[...])
+        out[...] = (values[...] / sums[:, :1]).astype(out.dtype)
+        # Where nothing is seen, the backward pass is to find weights of zero.
+        found = jnp.where(largest[...] > _MASKED, largest[...] + jnp.log(sums), -_MASKED)
+        log_sum[...] = found.T[:1]
+
+
+# --- Backward ---------------------------------------------------------------------------------------------------------
+
+
+def _differentiate(gradient, out, log_sum, q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple:
+    """The gradients of q, k and v."""
+    length, keys_given = q.shape[2], k.shape[2]
+    seen = visible_blocks(q_meta, k_meta, rule)
+    delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    q, k, v, gradient = (_padded(x, 2) for x in (q, k, v, gradient))
+    log_sum, delta = (_padded(x, 2)[:, :, None] for x in (log_sum, delta))
+    q_rows, k_rows = (_rows(_padded_meta(meta)) for meta in (q_meta, k_meta))
+    given = q, k, v, gradient, log_sum, delta
+    dq = _query_gradient(*given, q_rows, k_rows, _blocks(seen), rule, interpret)
+    dk, dv = _key_gradients(*given, q_rows, k_rows, _blocks(jnp.swapaxes(seen, 1, 2)), rule, interpret)
+    return dq[:, :, :length], dk[:, :, :keys_given], dv[:, :, :keys_given]
+
+
+def _query_gradient(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, rule, interpret) -> jax.Array:
+    (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
+    q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
+    loops = keys // k_block
+    grid = rows, heads, length // q_block, loops
+
+    def of_queries(b, h, i, j, *_):
+        return b, h, i, 0
+
+    def of_sums(b, h, i, j, *_):
+        return b, h, 0, i
+
+    def of_keys(b, h, i, j, _, load):
+        return b, h // group, load[(b * grid[2] + i) * loops + j], 0
+
+    def of_key_meta(b, h, i, j, _, load):
+        return b, 0, load[(b * grid[2] + i) * loops + j]
+
+    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
+    (out,) = _call(
+        functools.partial(_query_gradient_kernel, grid[2], loops, rule),
+        f"queries_{rule.__name__}",
+        grid,
+        blocks,
+        [
+            (q, per_query, of_queries),
+            (k, per_key, of_keys),
+            (v, per_key, of_keys),
+            (gradient, per_query, of_queries),
+            (log_sum, (None, None, 1, q_block), of_sums),
+            (delta, (None, None, 1, q_block), of_sums),
+            (jnp.swapaxes(q_rows, 1, 2), (None, q_block, _FIELDS), lambda b, h, i, j, *_: (b, i, 0)),
+            (k_rows, (None, _FIELDS, k_block), of_key_meta),
+        ],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), per_query, of_queries)],
+        [(q_block, channels)],
+        (6 * rows * heads * length * keys * channels, interpret),
+    )
+    return out
+
+
+def _query_gradient_kernel(
+    q_blocks, loops, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, out, total
+) -> None:
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    state = seen[(b * q_blocks + i) * loops + j]
+
+    @pl.when(j == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    def add(masked: bool) -> None:
+        scores = _product(q[...], k[...], 1, 1)
+        if masked:
+            scores = jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED)
+        weights = jnp.exp(scores - log_sum[0][:, None])
+        of_scores = weights * (_product(gradient[...], v[...], 1, 1) - delta[0][:, None])
+        total[...] += _product(of_scores.astype(k.dtype), k[...], 1, 0)
+
+    _where_seen(state, add)
+
+    @pl.when(j == loops - 1)
+    def _():
+        out[...] = total[...].astype(out.dtype)
+
+
+def _key_gradients(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, rule, interpret) -> tuple:
+    """Of a key/value head, the blocks of queries of its G heads follow each other."""
+    (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
+    q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
+    each = length // q_block
+    grid = rows, kv_heads, keys // k_block, group * each
+
+    def query(b, j, t, load):
+        return load[(b * grid[2] + j) * each + t % each]
+
+    def of_queries(b, h, j, t, _, load):
+        return b, h * group + t // each, query(b, j, t, load), 0
+
+    def of_sums(b, h, j, t, _, load):
+        return b, h * group + t // each, 0, query(b, j, t, load)
+
+    def of_keys(b, h, j, t, *_):
+        return b, h, j, 0
+
+    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
+    return _call(
+        functools.partial(_key_gradients_kernel, grid[2], each, group, rule),
+        f"keys_{rule.__name__}",
+        grid,
+        blocks,
+        [
+            (q, per_query, of_queries),
+            (k, per_key, of_keys),
+            (v, per_key, of_keys),
+            (gradient, per_query, of_queries),
+            (log_sum, (None, None, 1, q_block), of_sums),
+            (delta, (None, None, 1, q_block), of_sums),
+            (q_rows, (None, _FIELDS, q_block), lambda b, h, j, t, _, load: (b, 0, query(b, j, t, load))),
+            (jnp.swapaxes(k_rows, 1, 2), (None, k_block, _FIELDS), lambda b, h, j, t, *_: (b, j, 0)),
+        ],
+        [(jax.ShapeDtypeStruct(x.shape, x.dtype), per_key, of_keys) for x in (k, v)],
+        [(k_block, channels)] * 2,
+        (8 * rows * heads * length * keys * channels, interpret),
+    )
+
+
+def _key_gradients_kernel(
+    k_blocks, each, group, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, dk, dv, of_keys, of_values
+) -> None:
+    """Scores are transposed here, `[keys, queries]`, so that what each query has lies along lanes."""
+    b, j, t = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    state = seen[(b * k_blocks + j) * each + t % each]
+
+    @pl.when(t == 0)
+    def _():
+        of_keys[...] = jnp.zeros_like(of_keys)
+        of_values[...] = jnp.zeros_like(of_values)
+
+    def add(masked: bool) -> None:
+        scores = _product(k[...], q[...], 1, 1)
+        if masked:
+            scores = jnp.where(rule(_lanes(q_meta), _columns(k_meta)), scores, _MASKED)
+        weights = jnp.exp(scores - log_sum[...])
+        of_values[...] += _product(weights.astype(gradient.dtype), gradient[...], 1, 0)
+        of_scores = weights * (_product(v[...], gradient[...], 1, 1) - delta[...])
+        of_keys[...] += _product(of_scores.astype(q.dtype), q[...], 1, 0)
+
+    _where_seen(state, add)
+
+    @pl.when(t == group * each - 1)
+    def _():
+        dk[...] = of_keys[...].astype(dk.dtype)
+        dv[...] = of_values[...].astype(dv.dtype)
+
+
+# --- In the kernels ---------------------------------------------------------------------------------------------------
+
+
+def _where_seen(state: jax.Array, add: Callable[[bool], None]) -> None:
+    pl.when(state == _SOME)(lambda: add(True))
+    pl.when(state == _ALL)(lambda: add(False))
+
+
+def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _columns(meta: Any) -> TokenMeta:
+    """From `[tokens, F]`, fields of `[tokens, 1]`."""
+    return TokenMeta(*(meta[:, f : f + 1] for f in range(len(TokenMeta._fields))))
+
+
+def _lanes(meta: Any) -> TokenMeta:
+    """From `[F, tokens]`, fields of `[1, tokens]`."""
+    return TokenMeta(*(meta[f : f + 1, :] for f in range(len(TokenMeta._fields))))
