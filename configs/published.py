@@ -4,6 +4,9 @@ A directory holds what the hub serves under its name: for Qwen2.5-VL config.json
 SigLIP config.json and *.safetensors; of Stable Diffusion 3.5 the folders `transformer` and `vae` are read.
 """
 
+import functools
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 CHECKPOINTS, INDEX = "checkpoints", "data/index"
@@ -135,8 +138,29 @@ def mesh() -> ConfigDict:
     return ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
 
 
+# Meshes of pods, chips in groups that all published widths divide by and whose gradients are scattered, not gathered.
+PODS = dict(
+    v5e_64=dict(data=1, fsdp=64),
+    v5e_256=dict(data=4, fsdp=64),
+    v5p_128=dict(data=2, fsdp=64),
+)
+FITTING = dict(qwen25vl3b_sd35m=("v5e_64", "v5e_256"), qwen25vl7b_sd35l=("v5e_256", "v5p_128"))
+
+
+def on_pods(recipes: dict[str, Callable[[], ConfigDict]]) -> dict[str, Callable[[], ConfigDict]]:
+    """The recipes, and `RECIPE_POD` for those that have a pod: the same runs, on its mesh."""
+
+    def on(recipe: str, pod: str) -> ConfigDict:
+        config = recipes[recipe]()
+        config.mesh.update(PODS[pod])
+        return config
+
+    pairs = [(recipe, pod) for recipe, pods in FITTING.items() for pod in pods]
+    return recipes | {f"{recipe}_{pod}": functools.partial(on, recipe, pod) for recipe, pod in pairs}
+
+
 def execution() -> ConfigDict:
-    """bfloat16 products, one compiled layer a stack, everything in it computed again in the backward pass.
+    """bfloat16 products, one compiled layer a stack, all in it but attention computed again in the backward pass.
 
     What compiles for minutes is kept for a restart.
     """
@@ -146,7 +170,7 @@ def execution() -> ConfigDict:
             frozen_dtype="bfloat16",
             attention="flash",
             scan_layers=True,
-            remat="full",
+            remat="attention",
             compilation_cache="compiled",
         )
     )

@@ -202,13 +202,15 @@ def _qwen25vl3b_frozen() -> ConfigDict:
     return config
 
 
-RECIPES = {
-    "openmoji": _openmoji,
-    "smoke": _smoke,
-    "openmoji_long": _openmoji_long,
-    "lora": _lora,
-    "query_only": _query_only,
-    "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),
-    "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B),
-    "qwen25vl3b_frozen": _qwen25vl3b_frozen,
-}
+RECIPES = published.on_pods(
+    {
+        "openmoji": _openmoji,
+        "smoke": _smoke,
+        "openmoji_long": _openmoji_long,
+        "lora": _lora,
+        "query_only": _query_only,
+        "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m", published.qwen_3b(), published.QWEN_3B),
+        "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B),
+        "qwen25vl3b_frozen": _qwen25vl3b_frozen,
+    }
+)

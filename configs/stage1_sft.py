@@ -47,8 +47,10 @@ def _published(recipe: str) -> ConfigDict:
     return config
 
 
-RECIPES = {
-    "openmoji": _openmoji,
-    "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m"),
-    "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l"),
-}
+RECIPES = published.on_pods(
+    {
+        "openmoji": _openmoji,
+        "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m"),
+        "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l"),
+    }
+)

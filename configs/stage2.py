@@ -245,10 +245,12 @@ def _qwen25vl7b_sd35l() -> ConfigDict:
     return _published("qwen25vl7b_sd35l", published.qwen_7b(), published.QWEN_7B, *dit)
 
 
-RECIPES = {
-    "openmoji": _openmoji,
-    "smoke": _smoke,
-    "openmoji_long": _openmoji_long,
-    "qwen25vl3b_sd35m": _qwen25vl3b_sd35m,
-    "qwen25vl7b_sd35l": _qwen25vl7b_sd35l,
-}
+RECIPES = published.on_pods(
+    {
+        "openmoji": _openmoji,
+        "smoke": _smoke,
+        "openmoji_long": _openmoji_long,
+        "qwen25vl3b_sd35m": _qwen25vl3b_sd35m,
+        "qwen25vl7b_sd35l": _qwen25vl7b_sd35l,
+    }
+)

@@ -636,15 +636,16 @@ class Execution:
     """How the program runs.
 
     Matrix products run in `compute_dtype`, frozen parameters are kept in `frozen_dtype`; `scan_layers` compiles one
-    layer and loops over it, `remat` names what the backward pass recomputes. Compiled programs are kept for the next
-    start in the directory `compilation_cache`, in the workdir unless it is absolute.
+    layer and loops over it, `remat` names what the backward pass recomputes ("attention": all but what `flash` gave).
+    Compiled programs are kept for the next start in the directory `compilation_cache`, in the workdir unless it is
+    absolute.
     """
 
     compute_dtype: Literal["float32", "bfloat16"]
     frozen_dtype: Literal["float32", "bfloat16"]
     attention: Literal["dense", "blockwise", "flash"]
     scan_layers: bool
-    remat: Literal["none", "dots", "full"]
+    remat: Literal["none", "dots", "attention", "full"]
     compilation_cache: str | None = None
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -22,6 +23,7 @@ from mmcore_jax.nn.masks import PAD, Rule, TokenMeta
 BLOCK = 1024  # tokens at most; 512 is a third slower on v5e
 LANES = 128
 NAME = "flash"
+SAVED = "flash_attention"  # what a remat policy may keep, so that the backward pass does not attend again
 _FIELDS = 8  # those of the metadata, in a whole tile
 _NOTHING, _SOME, _ALL = range(3)  # of a block of queries and keys that the rule lets be seen
 _MASKED = -1e30
@@ -71,7 +73,8 @@ def _forward(q, k, v, q_meta, k_meta, rule, reference, interpret) -> tuple[jax.A
         return reference(*given, rule), jnp.zeros(q.shape[:3], jnp.float32)
 
     given = q, k, v, q_meta, k_meta
-    out, log_sum = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
+    found = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
+    out, log_sum = (checkpoint_name(x, SAVED) for x in found)
     return out, (*given, out, log_sum)
 
 

@@ -10,9 +10,11 @@ import flax.linen as nn
 import jax
 
 from mmcore_jax.config import Execution
+from mmcore_jax.nn import flash
 
-_POLICIES = {
+POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(flash.SAVED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -29,7 +31,7 @@ def stack(block: type[nn.Module], depth: int, execution: Execution, name: str, *
       fields: of the block, beside `execution`.
     """
     if execution.remat != "none":
-        block = nn.remat(block, policy=_POLICIES[execution.remat], prevent_cse=not execution.scan_layers)
+        block = nn.remat(block, policy=POLICIES[execution.remat], prevent_cse=not execution.scan_layers)
 
     def apply(carry: Any, layers: Any, *shared: Any) -> Any:
         scanned = nn.scan(

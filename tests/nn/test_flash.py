@@ -4,6 +4,7 @@ That they see what the rules let them see, and differentiate it, is in `test_att
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -14,6 +15,7 @@ import pytest
 from mmcore_jax.nn import attention as attention_lib
 from mmcore_jax.nn import flash, masks
 from mmcore_jax.nn.attention import attention
+from mmcore_jax.nn.stack import POLICIES
 from tests import tiny
 
 BLOCK, HEADS, KV_HEADS, CHANNELS = 16, 4, 2, 8
@@ -121,3 +123,26 @@ def sharded() -> None:
 
 def test_a_mesh_changes_nothing():
     tiny.call(sharded, devices=8)
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("full", 2), ("attention", 1)])
+def test_what_remat_keeps_is_not_attended_to_again(remat, forward):
+    """In the program for TPUs, which needs none until it is compiled."""
+    meta, (q, k, v) = documents([150, 106]), arrays(256, 256)
+
+    @functools.partial(jax.checkpoint, policy=POLICIES[remat])
+    def layer(q):
+        return jnp.sin(attention(jnp.cos(q), k, v, meta, meta, masks.causal, "flash"))
+
+    chip = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
+        traced = jax.jit(jax.value_and_grad(lambda q: layer(q).sum())).trace(q)
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert [calls(program, f"flash_{kind}_causal") for kind in ("forward", "queries", "keys")] == [forward, 1, 1]
+
+
+def calls(program: str, kernel: str, function: str = "main") -> int:
+    """How often a function of a program runs a kernel, itself or in those that it calls."""
+    bodies = {re.match(r"[ \w]* @(\w+)", body)[1]: body for body in program.split("func.func")[1:]}
+    called = re.findall(r"\bcall @(\w+)\(", bodies[function])
+    return bodies[function].count(f'"{kernel}"') + sum(calls(program, kernel, name) for name in called)

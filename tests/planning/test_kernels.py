@@ -1,0 +1,38 @@
+"""Attention kernels in a prediction: what runs of them follows from the rows of a batch."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from mmcore_jax import config as config_lib
+from mmcore_jax.planning import hlo
+from mmcore_jax.planning.kernels import Kernels, kernels
+from mmcore_jax.planning.predict import CHIPS, Links, predict
+from mmcore_jax.planning.program import full_row
+from tests import tiny
+
+MODULE = hlo.parse((pathlib.Path(__file__).parent / "modules/kernel.txt").read_text())
+LINKS = Links(CHIPS["TPU v5 lite"], 197e12, np.zeros((1, 3), int))
+WHOLE = 4 * 24 * 4096 * 2048 * 64  # two products
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_kernel_takes_what_it_computes(share):
+    found = predict(MODULE, {"data": 1}, LINKS, Kernels({("block_causal", 4096, 2048): share}))
+    assert found.flops == share * WHOLE
+    # Half of the 128 lanes, and of those the share that splash attention reaches.
+    assert found.seconds == pytest.approx(share * WHOLE / (0.65 / 2 * 197e12))
+    assert found.kinds == {"attention kernels": found.seconds}
+    assert found.parts == {"dit": found.seconds}
+    assert found.kernels == {"another_kernel": 1}
+
+
+def test_shares_are_those_of_full_rows():
+    """Three drawings of 4096 latents in a row see themselves and their part of the context: 3 x 16 + 13 + 12 blocks."""
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py:qwen25vl3b_sd35m"))
+    found = kernels(config, full_row(config)).shares
+    assert found["block_causal", 13 * 1024, 13 * 1024] == pytest.approx((3 * 16 + 13 + 12) / 13**2)
+    assert found["block_causal", 12 * 1024, 12 * 1024] == pytest.approx(1 / 3)
+    assert found["causal", 2048, 2048] == 0.75
+    assert found["same_place", 4096, 4096] == 0.25
