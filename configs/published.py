@@ -140,9 +140,9 @@ def mesh() -> ConfigDict:
 
 # Meshes of pods, chips in groups that all published widths divide by and whose gradients are scattered, not gathered.
 PODS = dict(
-    v5e_64=dict(data=1, fsdp=64),
-    v5e_256=dict(data=4, fsdp=64),
-    v5p_128=dict(data=2, fsdp=64),
+    v5e_64=dict(data=2, fsdp=32),
+    v5e_256=dict(data=8, fsdp=32),
+    v5p_128=dict(data=4, fsdp=32),
 )
 FITTING = dict(qwen25vl3b_sd35m=("v5e_64", "v5e_256"), qwen25vl7b_sd35l=("v5e_256", "v5p_128"))
 

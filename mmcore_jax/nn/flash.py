@@ -74,12 +74,13 @@ def _forward(q, k, v, q_meta, k_meta, rule, reference, interpret) -> tuple[jax.A
 
     given = q, k, v, q_meta, k_meta
     found = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
-    out, log_sum = (checkpoint_name(x, SAVED) for x in found)
-    return out, (*given, out, log_sum)
+    out, log_sum = (checkpoint_name(x, SAVED) for x in (_merged(found[0]), found[1]))
+    return _split(out, q), (*given, out, log_sum)
 
 
 def _backward(rule, reference, interpret, residuals, gradient) -> tuple:
     *given, out, log_sum = residuals
+    out = _split(out, given[0])
 
     def kernels(gradient, out, log_sum, *given):
         return _differentiate(gradient, out, log_sum, *given, rule=rule, interpret=interpret)
@@ -94,6 +95,16 @@ def _backward(rule, reference, interpret, residuals, gradient) -> tuple:
 
 
 flash.defvjp(_forward, _backward)
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """`[B, L, H * C]`: kept by head, a layer's result would take twice the memory where heads have 64 channels."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def _split(x: jax.Array, like: jax.Array) -> jax.Array:
+    rows, heads, length, channels = like.shape
+    return jnp.swapaxes(x.reshape(rows, length, heads, channels), 1, 2)
 
 
 # --- What is passed to the kernels ------------------------------------------------------------------------------------
