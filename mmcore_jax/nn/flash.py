@@ -190,6 +190,21 @@ def _call(kernel: Callable, name: str, grid: tuple, blocks: Blocks, inputs: list
     )(*blocks, *arrays)
 
 
+def _indices(grid: tuple[int, int, int, int], group: int) -> tuple[Callable, ...]:
+    """Of a grid (rows, heads, blocks of queries, blocks of keys), the blocks of everything that a kernel reads."""
+
+    def loaded(b, i, j, load):
+        return load[(b * grid[2] + i) * grid[3] + j]
+
+    return (
+        lambda b, h, i, j, *_: (b, h, i, 0),  # queries
+        lambda b, h, i, j, *_: (b, h, 0, i),  # what there is one number of a query
+        lambda b, h, i, j, *_: (b, i, 0),  # their metadata
+        lambda b, h, i, j, _, load: (b, h // group, loaded(b, i, j, load), 0),  # keys and values
+        lambda b, h, i, j, _, load: (b, 0, loaded(b, i, j, load)),  # their metadata
+    )
+
+
 # --- Forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,34 +219,23 @@ def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[ja
     loops = keys // k_block
     grid = rows, heads, padded // q_block, loops
 
-    def of_keys(b, h, i, j, _, load):
-        return b, h // group, load[(b * grid[2] + i) * loops + j], 0
-
-    def of_key_meta(b, h, i, j, _, load):
-        return b, 0, load[(b * grid[2] + i) * loops + j]
-
-    def of_queries(b, h, i, j, *_):
-        return b, h, i, 0
-
+    of_queries, of_sums, of_query_meta, of_keys, of_key_meta = _indices(grid, group)
+    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
     out, log_sum = _call(
         functools.partial(_attend_kernel, grid[2], loops, rule),
         f"forward_{rule.__name__}",
         grid,
         blocks,
         [
-            (q, (None, None, q_block, channels), of_queries),
-            (k, (None, None, k_block, channels), of_keys),
-            (v, (None, None, k_block, channels), of_keys),
-            (jnp.swapaxes(_rows(q_meta), 1, 2), (None, q_block, _FIELDS), lambda b, h, i, j, *_: (b, i, 0)),
+            (q, per_query, of_queries),
+            (k, per_key, of_keys),
+            (v, per_key, of_keys),
+            (jnp.swapaxes(_rows(q_meta), 1, 2), (None, q_block, _FIELDS), of_query_meta),
             (_rows(k_meta), (None, _FIELDS, k_block), of_key_meta),
         ],
         [
-            (jax.ShapeDtypeStruct(q.shape, q.dtype), (None, None, q_block, channels), of_queries),
-            (
-                jax.ShapeDtypeStruct((rows, heads, 1, padded), jnp.float32),
-                (None, None, 1, q_block),
-                lambda b, h, i, j, *_: (b, h, 0, i),
-            ),
+            (jax.ShapeDtypeStruct(q.shape, q.dtype), per_query, of_queries),
+            (jax.ShapeDtypeStruct((rows, heads, 1, padded), jnp.float32), (None, None, 1, q_block), of_sums),
         ],
         [(q_block, LANES), (q_block, LANES), (q_block, channels)],
         (4 * rows * heads * padded * keys * channels, interpret),
@@ -296,18 +300,7 @@ def _query_gradient(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, r
     loops = keys // k_block
     grid = rows, heads, length // q_block, loops
 
-    def of_queries(b, h, i, j, *_):
-        return b, h, i, 0
-
-    def of_sums(b, h, i, j, *_):
-        return b, h, 0, i
-
-    def of_keys(b, h, i, j, _, load):
-        return b, h // group, load[(b * grid[2] + i) * loops + j], 0
-
-    def of_key_meta(b, h, i, j, _, load):
-        return b, 0, load[(b * grid[2] + i) * loops + j]
-
+    of_queries, of_sums, of_query_meta, of_keys, of_key_meta = _indices(grid, group)
     per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
     (out,) = _call(
         functools.partial(_query_gradient_kernel, grid[2], loops, rule),
@@ -321,7 +314,7 @@ def _query_gradient(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, r
             (gradient, per_query, of_queries),
             (log_sum, (None, None, 1, q_block), of_sums),
             (delta, (None, None, 1, q_block), of_sums),
-            (jnp.swapaxes(q_rows, 1, 2), (None, q_block, _FIELDS), lambda b, h, i, j, *_: (b, i, 0)),
+            (jnp.swapaxes(q_rows, 1, 2), (None, q_block, _FIELDS), of_query_meta),
             (k_rows, (None, _FIELDS, k_block), of_key_meta),
         ],
         [(jax.ShapeDtypeStruct(q.shape, q.dtype), per_query, of_queries)],
