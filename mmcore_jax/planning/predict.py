@@ -24,7 +24,7 @@ from mmcore_jax.training.flops import peak_flops
 ESTIMATE_OF_PRODUCTS, ESTIMATE_OF_OTHERS = 0.85, 0.35  # share of the compiler's estimate that is taken
 REACHED_PEAK, REACHED_BANDWIDTH, REACHED_LINKS = 0.95, 0.8, 0.9  # share of the chip's figures that is reached
 GIB = 1 << 30
-_PART = re.compile(r"/(vlm/vision|vlm|queries|connector|vision_target|conditioning|frames|dit|autoencoder)\b")
+_PART = re.compile(r"/(vlm[.\w]*/vision|vlm|queries|connector|vision_target|conditioning|frames|dit|autoencoder)\b")
 REST, NONE = "the rest", Kernels()
 HOP = 1e-6  # seconds from a chip to the next
 
@@ -159,10 +159,8 @@ def _run(
     origins: dict[str, str] = {}  # what holds a transfer that has been started -> its start
     for line in module.computations[name].values():
         where = _part(line) or part
-        nested, origin = (
-            _nested(module, line, where, mesh, links, kernels),
-            next(filter(None, map(origins.get, line.operands)), None),
-        )
+        nested = _nested(module, line, where, mesh, links, kernels)
+        origin = next(filter(None, map(origins.get, line.operands)), None)
         if nested:
             for one, times in nested:
                 total.include(one, times)
@@ -196,8 +194,9 @@ def _wait(now: float, end: float, entry: Transfers) -> float:
 
 
 def _part(line: Instruction) -> str | None:
+    """Which part of the model an instruction belongs to, by its path, such as "MMCORE.embed/vlm.embed/vision/dot"."""
     found = _PART.search(line.op_name)
-    return found and found[1]
+    return found and re.sub(r"\.\w+", "", found[1])
 
 
 def _nested(

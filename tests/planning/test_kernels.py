@@ -12,7 +12,8 @@ from mmcore_jax.planning.predict import CHIPS, Links, predict
 from mmcore_jax.planning.program import full_row
 from tests import tiny
 
-MODULE = hlo.parse((pathlib.Path(__file__).parent / "modules/kernel.txt").read_text())
+TEXT = (pathlib.Path(__file__).parent / "modules/kernel.txt").read_text()
+MODULE = hlo.parse(TEXT)
 LINKS = Links(CHIPS["TPU v5 lite"], 197e12, np.zeros((1, 3), int))
 WHOLE = 4 * 24 * 4096 * 2048 * 64  # two products
 
@@ -26,6 +27,20 @@ def test_a_kernel_takes_what_it_computes(share):
     assert found.kinds == {"attention kernels": found.seconds}
     assert found.parts == {"dit": found.seconds}
     assert found.kernels == {"another_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("jit(step)/jvp(MMCORE.hidden_states)/MMCORE.embed/vlm.embed/vision/while/body/dot", "vlm/vision"),
+        ("jit(step)/transpose(jvp(MMCORE.hidden_states))/vlm.decode/decoder/while/body/dot", "vlm"),
+        ("jit(step)/jvp(MMCORE.target_embeddings)/vision_target.signed_features/vision/dot", "vision_target"),
+        ("jit(step)/mul", "the rest"),
+    ],
+)
+def test_time_goes_to_the_part_of_the_model_that_takes_it(path, part):
+    text = TEXT.replace("jit(step)/jvp(MMCORE.velocity)/dit/dit._run/while/body/flash_forward_block_causal", path)
+    assert set(predict(hlo.parse(text), {"data": 1}, LINKS).parts) == {part}
 
 
 def test_shares_are_those_of_full_rows():
