@@ -95,6 +95,12 @@ def test_a_query_that_sees_nothing_is_finite_and_moves_nothing():
     chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
 
 
+def test_without_a_tpu_it_is_blockwise():
+    meta = documents([90, 70])
+    given = arrays(160, 160), meta, meta, masks.causal
+    chex.assert_trees_all_equal(results("flash", *given), results("blockwise", *given))
+
+
 def test_blocks_are_those_of_the_rule(monkeypatch):
     monkeypatch.setattr(flash, "LANES", BLOCK)
     monkeypatch.setattr(flash, "BLOCK", BLOCK)
