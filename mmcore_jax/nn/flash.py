@@ -256,9 +256,7 @@ def _attend_kernel(
         values[...] = jnp.zeros_like(values)
 
     def add(masked: bool) -> None:
-        scores = _product(q[...], k[...], 1, 1)
-        if masked:
-            scores = jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED)
+        scores = _scores(q, k, q_meta, k_meta, rule if masked else None)
         before = largest[...]
         after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
         weights, kept = jnp.exp(scores - after[:, :1]), jnp.exp(before - after)
@@ -289,35 +287,40 @@ def _differentiate(gradient, out, log_sum, q, k, v, q_meta, k_meta, *, rule: Rul
     log_sum, delta = (_padded(x, 2)[:, :, None] for x in (log_sum, delta))
     q_rows, k_rows = (_rows(_padded_meta(meta)) for meta in (q_meta, k_meta))
     given = q, k, v, gradient, log_sum, delta
-    dq = _query_gradient(*given, q_rows, k_rows, _blocks(seen), rule, interpret)
-    dk, dv = _key_gradients(*given, q_rows, k_rows, _blocks(jnp.swapaxes(seen, 1, 2)), rule, interpret)
+    dq = _query_gradient(given, q_rows, k_rows, _blocks(seen), rule, interpret)
+    dk, dv = _key_gradients(given, q_rows, k_rows, _blocks(jnp.swapaxes(seen, 1, 2)), rule, interpret)
     return dq[:, :, :length], dk[:, :, :keys_given], dv[:, :, :keys_given]
 
 
-def _query_gradient(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, rule, interpret) -> jax.Array:
+def _differentiated(given: tuple, of_queries: Callable, of_sums: Callable, of_keys: Callable) -> list:
+    """What both kernels below read beside metadata, as `_call` takes it."""
+    q, k, *_ = given
+    q_block, k_block = block_size(q.shape[2]), block_size(k.shape[2])
+    per_query, per_key = (None, None, q_block, q.shape[3]), (None, None, k_block, q.shape[3])
+    per_sum = None, None, 1, q_block
+    blocks = per_query, per_key, per_key, per_query, per_sum, per_sum
+    return list(zip(given, blocks, (of_queries, of_keys, of_keys, of_queries, of_sums, of_sums), strict=True))
+
+
+def _query_gradient(given, q_rows, k_rows, blocks, rule, interpret) -> jax.Array:
+    q, k, *_ = given
     (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
     q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
     loops = keys // k_block
     grid = rows, heads, length // q_block, loops
 
     of_queries, of_sums, of_query_meta, of_keys, of_key_meta = _indices(grid, group)
-    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
     (out,) = _call(
         functools.partial(_query_gradient_kernel, grid[2], loops, rule),
         f"queries_{rule.__name__}",
         grid,
         blocks,
         [
-            (q, per_query, of_queries),
-            (k, per_key, of_keys),
-            (v, per_key, of_keys),
-            (gradient, per_query, of_queries),
-            (log_sum, (None, None, 1, q_block), of_sums),
-            (delta, (None, None, 1, q_block), of_sums),
+            *_differentiated(given, of_queries, of_sums, of_keys),
             (jnp.swapaxes(q_rows, 1, 2), (None, q_block, _FIELDS), of_query_meta),
             (k_rows, (None, _FIELDS, k_block), of_key_meta),
         ],
-        [(jax.ShapeDtypeStruct(q.shape, q.dtype), per_query, of_queries)],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), (None, None, q_block, channels), of_queries)],
         [(q_block, channels)],
         (6 * rows * heads * length * keys * channels, interpret),
     )
@@ -335,9 +338,7 @@ def _query_gradient_kernel(
         total[...] = jnp.zeros_like(total)
 
     def add(masked: bool) -> None:
-        scores = _product(q[...], k[...], 1, 1)
-        if masked:
-            scores = jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED)
+        scores = _scores(q, k, q_meta, k_meta, rule if masked else None)
         weights = jnp.exp(scores - log_sum[0][:, None])
         of_scores = weights * (_product(gradient[...], v[...], 1, 1) - delta[0][:, None])
         total[...] += _product(of_scores.astype(k.dtype), k[...], 1, 0)
@@ -349,8 +350,9 @@ def _query_gradient_kernel(
         out[...] = total[...].astype(out.dtype)
 
 
-def _key_gradients(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, rule, interpret) -> tuple:
+def _key_gradients(given, q_rows, k_rows, blocks, rule, interpret) -> tuple:
     """Of a key/value head, the blocks of queries of its G heads follow each other."""
+    q, k, v, *_ = given
     (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
     q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
     each = length // q_block
@@ -368,23 +370,17 @@ def _key_gradients(q, k, v, gradient, log_sum, delta, q_rows, k_rows, blocks, ru
     def of_keys(b, h, j, t, *_):
         return b, h, j, 0
 
-    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
     return _call(
         functools.partial(_key_gradients_kernel, grid[2], each, group, rule),
         f"keys_{rule.__name__}",
         grid,
         blocks,
         [
-            (q, per_query, of_queries),
-            (k, per_key, of_keys),
-            (v, per_key, of_keys),
-            (gradient, per_query, of_queries),
-            (log_sum, (None, None, 1, q_block), of_sums),
-            (delta, (None, None, 1, q_block), of_sums),
+            *_differentiated(given, of_queries, of_sums, of_keys),
             (q_rows, (None, _FIELDS, q_block), lambda b, h, j, t, _, load: (b, 0, query(b, j, t, load))),
             (jnp.swapaxes(k_rows, 1, 2), (None, k_block, _FIELDS), lambda b, h, j, t, *_: (b, j, 0)),
         ],
-        [(jax.ShapeDtypeStruct(x.shape, x.dtype), per_key, of_keys) for x in (k, v)],
+        [(jax.ShapeDtypeStruct(x.shape, x.dtype), (None, None, k_block, channels), of_keys) for x in (k, v)],
         [(k_block, channels)] * 2,
         (8 * rows * heads * length * keys * channels, interpret),
     )
@@ -425,6 +421,12 @@ def _key_gradients_kernel(
 def _where_seen(state: jax.Array, add: Callable[[bool], None]) -> None:
     pl.when(state == _SOME)(lambda: add(True))
     pl.when(state == _ALL)(lambda: add(False))
+
+
+def _scores(q: Any, k: Any, q_meta: Any, k_meta: Any, rule: Rule | None) -> jax.Array:
+    """`[queries, keys]`; without a rule everything is seen."""
+    scores = _product(q[...], k[...], 1, 1)
+    return jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED) if rule else scores
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
