@@ -24,9 +24,10 @@ from jax.experimental.multihost_utils import process_allgather
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Budgets, Config, Sampling, UserError
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import ChatFormat, Diffusion, Geometry, Interleaved, Item, Picture
+from mmcore_jax.data.geometry import Geometry
+from mmcore_jax.data.layout import ChatFormat, Diffusion, Interleaved, Item, Picture
 from mmcore_jax.diffusion import guidance, solver
 from mmcore_jax.mmcore import MMCORE, Forward, Params
 from mmcore_jax.models.mmdit import Memory
@@ -59,7 +60,7 @@ class Generator:
         self._config, self._model = config, model
         told = config.model.dit.clean_visual or config.model.dit.visibility == "history_visual"
         self._reader = Reader(model) if converses and not told else None
-        self._sizes = layout.geometry(config.model, config.data)
+        self._sizes = geometry.derive(config.model, config.data)
         self._format = ChatFormat(tokenizer)
         self._denoise = jax.jit(functools.partial(denoise, model), static_argnames="settings")
 
@@ -116,7 +117,7 @@ class Generator:
         batch_size: int,
     ) -> np.ndarray:
         """Images of one size, `[len(requests), height, width, 3]`."""
-        sizes = layout.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
+        sizes = geometry.of_size(self._config.model, self._sizes, *size, f"the size {show_size(size)}")
         history = self._config.model.dit.visibility == "history_visual"
         rows = [prepare(request, self._format, sizes, history) for request in requests]
         others = [
@@ -131,9 +132,9 @@ class Generator:
         images = []
         for first in range(0, len(rows), batch_size):
             chosen = np.minimum(first + np.arange(batch_size), len(rows) - 1)
-            batch, negative = layout.assemble([[rows[i]] for i in chosen], first, budgets, sizes), None
+            batch, negative = packing.assemble([[rows[i]] for i in chosen], first, budgets, sizes), None
             if negated.any():
-                other = layout.assemble([[others[i]] for i in chosen], first, budgets, sizes)
+                other = packing.assemble([[others[i]] for i in chosen], first, budgets, sizes)
                 negative = Negative(split(other)[0], negated[chosen])
             if self._reader and len(rows) == 1:
                 batch = self._reader(params, rows[0][0], batch)
@@ -152,7 +153,7 @@ def default_size(request: Example, config: Config) -> Size:
     Raises:
       UserError: if that image cannot be read.
     """
-    sizes = layout.geometry(config.model, config.data)
+    sizes = geometry.derive(config.model, config.data)
     given = [segment["image"] for segment in request["segments"][:-1] if segment["type"] == "image"]
     with _usable(request):
         return sizes.drawn(layout.bucket(given[0], sizes)) if given else (config.data.image_size,) * 2
@@ -160,7 +161,7 @@ def default_size(request: Example, config: Config) -> Size:
 
 def check_size(size: Size, config: Config, name: str) -> None:
     """Raises `UserError`, which calls it `name`, for a size that the diffusion transformer cannot draw."""
-    layout.of_size(config.model, layout.geometry(config.model, config.data), *size, name)
+    geometry.of_size(config.model, geometry.derive(config.model, config.data), *size, name)
 
 
 def show_size(size: Size) -> str:

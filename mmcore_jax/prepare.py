@@ -20,7 +20,7 @@ import jax
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, JsonLines, UserError, WebDataset, door
-from mmcore_jax.data import layout, openmoji, scan, survey
+from mmcore_jax.data import openmoji, packing, scan, survey
 from mmcore_jax.data.reader import Reader
 from mmcore_jax.data.sources import index, native
 from mmcore_jax.evaluation.sheet import sheet
@@ -136,7 +136,7 @@ def _precompute(config: Config, part: tuple[int, int]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
     jax.set_mesh(mesh)
-    model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
+    model, example = MMCORE(config.model, config.execution), packing.placeholder(config, config.batch_size)
     plan = make_plan(config, model, mesh, example)
     frozen = freeze(config, plan, initial_params(config, model, plan, example, plan.frozen))
     for kind, made_by in precompute(config, model, plan, frozen, mesh, progress, part).items():

@@ -33,7 +33,7 @@ class Reader:
         self._model = model
         self._read = jax.jit(functools.partial(read, model))
         self._params: Params = {}
-        self._item, self._cache = Item(""), None
+        self._item = self._cache = None  # of the last request
 
     def __call__(self, params: Params, item: Item, batch: Interleaved) -> Interleaved:
         """Returns `batch`, whose one row holds `item`, with what the VLM makes of it as features."""

@@ -23,7 +23,7 @@ import numpy as np
 from mmcore_jax import config as config_lib
 from mmcore_jax import processes, sharding
 from mmcore_jax.config import Config, UserError, door
-from mmcore_jax.data import image, layout
+from mmcore_jax.data import image, packing
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.pipeline import Batch, Batches, Ledger
 from mmcore_jax.data.plan import Position
@@ -94,7 +94,7 @@ def run(
     jax.set_mesh(mesh)
 
     # --- Model: what config.init names --------------------------------------------------------------------------------
-    model, example = MMCORE(config.model, config.execution), layout.placeholder(config, config.batch_size)
+    model, example = MMCORE(config.model, config.execution), packing.placeholder(config, config.batch_size)
     plan = make_plan(config, model, mesh, example)
     params = initial_params(config, model, plan, example, list(plan.shapes) if fresh else plan.frozen)
     frozen = freeze(config, plan, params)

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from mmcore_jax.config import Budgets
-from mmcore_jax.data import example, layout
-from mmcore_jax.data.layout import Geometry
+from mmcore_jax.data import example, layout, packing
+from mmcore_jax.data.geometry import Geometry
 
 SIDE = 8
 SIZES = Geometry(
@@ -91,4 +91,4 @@ def pack(*examples: example.Example, budgets: Budgets = BUDGETS, sizes: Geometry
     for one in examples:
         item = layout.make_item(one, CHAT, sizes)
         row.append((item, [layout.picture(frame, sizes) for frame in item.frames]))
-    return layout.assemble([row], 0, budgets, sizes)
+    return packing.assemble([row], 0, budgets, sizes)

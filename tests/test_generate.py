@@ -15,7 +15,7 @@ from PIL import Image
 from mmcore_jax.bridge.conditioning import Drop
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion import flow, guidance, solver
 from mmcore_jax.generate import Generator, default_size, denoise, fit, negate, noise_keys, prepare, split
@@ -41,7 +41,7 @@ def load(data, *overrides):
     """A tiny stage 2 of which every parameter is random: zero-initialised ones would hide everything."""
     config = tiny.config("stage2", data, "--config.sampling.steps=2", *(f"--config.{each}" for each in overrides))
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), layout.placeholder(config)))["params"]
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), packing.placeholder(config)))["params"]
     params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
     params["dit"]["out"] = jax.tree.map(lambda leaf: leaf / 5, params["dit"]["out"])  # most colours are not clipped
     if config.model.dit.pooled_width:  # the scale of a norm is about one
@@ -58,9 +58,9 @@ def request(inputs, words="make it red"):
 def batch_of(config, requests):
     """One request a row."""
     chat = layout.ChatFormat(load_tokenizer(config.data.tokenizer))
-    sizes = layout.geometry(config.model, config.data)
+    sizes = geometry.derive(config.model, config.data)
     rows = [[prepare(one, chat, sizes)] for one in requests]
-    return layout.assemble(rows, 0, fit([item for [(item, _)] in rows], sizes), sizes)
+    return packing.assemble(rows, 0, fit([item for [(item, _)] in rows], sizes), sizes)
 
 
 def test_text_alone(data):
@@ -283,10 +283,10 @@ def test_training_is_sampling(data, network, alone):
         segments += [example_lib.text(f"number {number}"), example_lib.image(PICTURES[number], generate=True)]
     document = {"id": "four", "task": "test", "segments": segments}
     chat = layout.ChatFormat(load_tokenizer(config.data.tokenizer))
-    sizes = layout.geometry(config.model, config.data)
+    sizes = geometry.derive(config.model, config.data)
     item = layout.make_item(document, chat, sizes)
     pictures = [layout.picture(frame, sizes) for frame in item.frames]
-    batch = layout.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
+    batch = packing.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
     t = jnp.array([[0.0, 0.9, 0.6, 0.3]])
 
     def condition(forward, batch, alone):

@@ -12,7 +12,7 @@ import pytest
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, Pixels, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.generate import Generator
@@ -57,7 +57,7 @@ def configured(data: pathlib.Path, *extra: str, **changes) -> Config:
 
 def test_a_step_and_a_picture(data):
     config = configured(data)
-    assert layout.geometry(config.model, config.data).buckets == ((4, 4),)
+    assert geometry.derive(config.model, config.data).buckets == ((4, 4),)
     mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         batch, model = Batches(config)[0].arrays, MMCORE(config.model, config.execution)
@@ -130,7 +130,7 @@ def test_the_config_comes_back_from_json(data, tmp_path):
 def test_mistakes(data, extra, changes, words):
     def prepare() -> None:
         config = configured(data, extra, **changes)
-        layout.geometry(config.model, config.data)
+        geometry.derive(config.model, config.data)
 
     with pytest.raises(UserError, match=words):
         prepare()

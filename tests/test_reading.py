@@ -6,7 +6,7 @@ import pytest
 
 from mmcore_jax import reading
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.generate import fit, prepare
 from mmcore_jax.mmcore import Forward
@@ -37,10 +37,10 @@ def stage(tmp_path_factory):
 def prepared(config, segments):
     """The item and the one-row batch of a request that ends in the words `segments[-1]`."""
     chat = layout.ChatFormat(load_tokenizer(config.data.tokenizer))
-    sizes = layout.geometry(config.model, config.data)
+    sizes = geometry.derive(config.model, config.data)
     asked = [*segments[:-1], example_lib.text(segments[-1]), example_lib.image(b"to come", generate=True)]
     item, pictures = prepare({"id": "", "task": "", "segments": asked}, chat, sizes)
-    return item, layout.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
+    return item, packing.assemble([[(item, pictures)]], 0, fit([item], sizes), sizes)
 
 
 def difference(model, params, batch, read):

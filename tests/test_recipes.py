@@ -13,7 +13,7 @@ import pytest
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.config import Config
-from mmcore_jax.data import layout
+from mmcore_jax.data import packing
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.pretrained.model import open_published
 from mmcore_jax.training.state import Constants, abstract_state, make_plan
@@ -99,7 +99,7 @@ def test_the_step(stage, recipe, trained, parameters):
     mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         model = MMCORE(config.model, config.execution)
-        one = layout.placeholder(config)
+        one = packing.placeholder(config)
         plan = make_plan(config, model, mesh, one)
         state = abstract_state(config, plan, mesh)
         rows = 2 * config.optimizer.accumulation

@@ -25,7 +25,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import train as train_lib
 from mmcore_jax.config import Config
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import layout
+from mmcore_jax.data import packing
 from mmcore_jax.data.text import keep_tokenizer, train_tokenizer
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.training.checkpoint import Checkpoints
@@ -145,7 +145,7 @@ def train(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
     """Writes the workdir of a finished run, whose parameters are random numbers, none of them zero."""
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), layout.placeholder(config)))["params"]
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), packing.placeholder(config)))["params"]
     params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
     checkpoints = Checkpoints(workdir, config)
     state = State(np.int32(config.total_steps), {}, {}, flatten_dict(params, sep="/"))

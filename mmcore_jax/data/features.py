@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.data.layout import Features, Geometry, Item
+from mmcore_jax.data.geometry import Geometry
+from mmcore_jax.data.layout import Features, Item
 from mmcore_jax.data.sources import files
 from mmcore_jax.data.sources.sharded import Cache
 

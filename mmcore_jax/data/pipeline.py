@@ -19,9 +19,10 @@ import numpy as np
 from absl import flags
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import layout, scan
+from mmcore_jax.data import geometry, packing, scan
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Pairs, Shape
+from mmcore_jax.data.geometry import Shape
+from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.plan import Planner, Position
 from mmcore_jax.data.reader import Prepared, Reader
@@ -81,8 +82,8 @@ class Batches(grain.MapDataset):
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
-        self._one_bucket, self._read = layout.one_bucket(config), self._reader.prepare
-        bytes_each = len(pickle.dumps(layout.placeholder(config)))
+        self._one_bucket, self._read = geometry.one_bucket(config), self._reader.prepare
+        bytes_each = len(pickle.dumps(packing.placeholder(config)))
         # An epoch must fit, or nothing is there any more when it comes again.
         if bytes_each * sum(map(len, self._reader.sources)) <= _CACHE_BYTES:
             self._read = functools.cache(self._read)

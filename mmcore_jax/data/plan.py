@@ -4,7 +4,7 @@
 packing gives, so where one begins follows from those before it; a `Position` says it in a few integers, and whoever has
 one continues there without planning the past again.
 
-Where the examples of a batch have to share a bucket (`layout.one_bucket`), those of each bucket are packed into whole
+Where the examples of a batch have to share a bucket (`geometry.one_bucket`), those of each bucket are packed into whole
 batches, and the batches of a window are shuffled.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmcore_jax.config import Config, Source, UserError
-from mmcore_jax.data import layout, mixture
+from mmcore_jax.data import geometry, mixture, packing
 from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.scan import Scan
 
@@ -45,7 +45,7 @@ class Planner:
           UserError: if all weights are 0 at some step, or a required source does not reach every batch.
         """
         self._config, self._scans = config, scans
-        self._sources, self._one_bucket = config.data.sources, layout.one_bucket(config)
+        self._sources, self._one_bucket = config.data.sources, geometry.one_bucket(config)
         self._usable = [scan.usable for scan in scans]
         self._orders = [mixture.order(len(usable), config.seed, i) for i, usable in enumerate(self._usable)]
         self._changes = sorted({step for source in self._sources.values() for step, _ in source.schedule})
@@ -100,7 +100,7 @@ class Planner:
         """Rows of draws; where a batch has one bucket, as many as fill whole batches."""
         taken = np.array([self._scans[source].table["lengths"][index] for source, index in draws])
         multiple = self._config.batch_size if self._one_bucket else 1
-        packed = layout.plan(taken, self._config.data.budgets, rng, multiple)
+        packed = packing.plan(taken, self._config.data.budgets, rng, multiple)
         return self._place([[draws[i] for i in row] for row in packed])
 
     def _place(self, rows: list[list[Draw]]) -> list[list[Draw]]:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mmcore_jax.config import Config
-from mmcore_jax.data import features, layout, workers
+from mmcore_jax.data import features, geometry, layout, packing, workers
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.layout import Interleaved, Lengths, Pairs, Shape
+from mmcore_jax.data.geometry import Shape
+from mmcore_jax.data.layout import Interleaved, Lengths, Pairs
 from mmcore_jax.data.sources import open_source
 from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
@@ -56,10 +57,10 @@ class Reader:
         config, self._weights, self.sources, self.encode, self._chat, self._stores = state
         self._config, self._data, self.sizes, self.shown = config, config.data, None, None
         if self._chat:
-            self.sizes = layout.geometry(config.model, config.data)
+            self.sizes = geometry.derive(config.model, config.data)
             self._smaller_sizes = _smaller(self.sizes)
             self._user_text = bool(config.objectives.next_token and config.objectives.next_token.user_text)
-            self.shown = layout.without(self.sizes, self._weights)
+            self.shown = geometry.without(self.sizes, self._weights)
         self._policies = [source.too_long for source in config.data.sources.values()]
 
     @functools.cached_property
@@ -117,11 +118,11 @@ class Reader:
         if self._data.layout == "pairs":
             target = self._config.model.vision_target
             pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
-            return layout.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
+            return packing.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
         packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
         given = features.empty(len(rows), self._config, self.sizes, self._weights) if self._weights else None
         sizes = dataclasses.replace(self.shown, buckets=(bucket,)) if bucket else self.shown
-        return layout.assemble(packed, first, self._data.budgets, sizes, given)
+        return packing.assemble(packed, first, self._data.budgets, sizes, given)
 
     def _pair(self, example: Example) -> tuple[bytes, list[int]]:
         return layout.make_pair(example, self.encode, self._config.model.vision_target.text.max_length)
@@ -145,7 +146,7 @@ class Reader:
         return item, None
 
     def _item(
-        self, example: Example, sizes: layout.Geometry, text_limit: int | None = None
+        self, example: Example, sizes: geometry.Geometry, text_limit: int | None = None
     ) -> tuple[layout.Item, str | None]:
         """An example as tokens, and the budget that it exceeds."""
         item = layout.make_item(example, self._chat, sizes, self._user_text, text_limit)
@@ -155,7 +156,7 @@ class Reader:
         return item, layout.exceeded(layout.lengths(item, sizes), self._data.budgets)
 
 
-def _smaller(sizes: layout.Geometry) -> list[layout.Geometry]:
+def _smaller(sizes: geometry.Geometry) -> list[geometry.Geometry]:
     """The same with images that the VLM sees at a half, a quarter, ... of the pixels, down to one token."""
     smaller, (least, most), token = [], sizes.vlm_pixels, sizes.merged_patch**2
     while most > token:

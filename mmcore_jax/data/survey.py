@@ -87,7 +87,7 @@ def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
     item, text = prepared.content, ""
     runs = itertools.groupby(range(len(item.ids)), lambda i: (item.kinds[i], item.frame_of[i], item.learned[i]))
     for (kind, _, learned), places in runs:
-        ids = [item.ids[place] for place in places]
+        ids = item.ids[list(places)].tolist()
         words = tokenizer.decode(ids) if kind == TEXT else f"<{len(ids)} {'queries' if kind == QUERY else 'patches'}>"
         text += f"[{words}]" if learned else words
     cells = []

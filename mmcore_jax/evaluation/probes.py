@@ -14,7 +14,7 @@ import numpy as np
 
 from mmcore_jax.bridge.conditioning import Drop
 from mmcore_jax.config import Alignment, Budgets, Config
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.mmcore import MMCORE, Forward, Params
@@ -110,13 +110,13 @@ def timestep_bins() -> list[str]:
 
 def _batches(run: Run, examples: Sequence[Example], batch_size: int) -> Iterator[Interleaved]:
     """Batches of one example a row; the last one is filled up with the last example. What is drawn is square."""
-    chat, sizes = layout.ChatFormat(run.tokenizer), layout.geometry(run.config.model, run.config.data)
+    chat, sizes = layout.ChatFormat(run.tokenizer), geometry.derive(run.config.model, run.config.data)
     if run.config.model.dit:
         side = run.config.data.image_size
-        sizes = layout.of_size(run.config.model, sizes, side, side, f"config.data.image_size {side}")
+        sizes = geometry.of_size(run.config.model, sizes, side, side, f"config.data.image_size {side}")
     items = [layout.make_item(example, chat, sizes) for example in examples]
     budgets = Budgets(*map(int, np.max([layout.lengths(item, sizes) for item in items], axis=0)))
     for first in range(0, len(items), batch_size):
         chosen = [items[min(first + offset, len(items) - 1)] for offset in range(batch_size)]
         rows = [[(item, [layout.picture(frame, sizes) for frame in item.frames])] for item in chosen]
-        yield layout.assemble(rows, first, budgets, sizes)
+        yield packing.assemble(rows, first, budgets, sizes)

@@ -43,15 +43,13 @@ def mrope_positions(in_grid: np.ndarray, grids: Sequence[tuple[int, int]]) -> np
       in_grid: bool `[L]`, True on the tokens of grids.
       grids: (rows, columns) of each grid in order; each takes the next rows * columns tokens that `in_grid` marks.
     """
-    positions = np.zeros((len(in_grid), 3), np.int32)
-    start = position = 0
+    positions = np.repeat(np.arange(len(in_grid), dtype=np.int32)[:, None], 3, axis=1)
+    stop = 0
     for rows, cols in grids:
-        first = start + int(np.argmax(in_grid[start:]))
-        positions[start:first] = position + np.arange(first - start)[:, None]
-        position, start = position + first - start, first + rows * cols
-        positions[first:start] = position + _places(rows, cols)
-        position += max(rows, cols)
-    positions[start:] = position + np.arange(len(in_grid) - start)[:, None]
+        first = stop + int(np.argmax(in_grid[stop:]))
+        stop = first + rows * cols
+        positions[first:stop] = positions[first] + _places(rows, cols)
+        positions[stop:] += max(rows, cols) - rows * cols
     return positions
 
 

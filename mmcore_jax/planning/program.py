@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import features, layout
+from mmcore_jax.data import features, geometry, packing
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.nn.masks import IMAGE, NOISED, TEXT, VISUAL, TokenMeta
@@ -60,7 +60,7 @@ def program(config: Config, devices: list) -> Program:
     sharding.check_batch(config.batch_size, config.optimizer.accumulation, mesh)
     model = MMCORE(config.model, config.execution)
     with jax.set_mesh(mesh):
-        plan = make_plan(config, model, mesh, _batch(layout.placeholder(config), config.batch_size, mesh))
+        plan = make_plan(config, model, mesh, _batch(packing.placeholder(config), config.batch_size, mesh))
         state, constants = abstract_state(config, plan, mesh), _constants(config, plan, mesh)
     batch = _batch(empty_row(config), config.batch_size, mesh)
     return Program(mesh, plan, compiled_step(make_step(config, model, plan)), (state, constants, batch))
@@ -70,10 +70,10 @@ def empty_row(config: Config) -> Interleaved | Pairs:
     """One row of nothing but padding, in the shapes in which batches come, features of `config.data` included."""
     data = config.data
     if not data.features:
-        return layout.placeholder(config)
-    sizes = layout.geometry(config.model, data)
+        return packing.placeholder(config)
+    sizes = geometry.derive(config.model, data)
     given = features.empty(1, config, sizes, data.features)
-    return layout.empty(1, data.budgets, layout.without(sizes, data.features))._replace(features=given)
+    return packing.empty(1, data.budgets, geometry.without(sizes, data.features))._replace(features=given)
 
 
 def full_row(config: Config) -> Interleaved | Pairs:
@@ -85,7 +85,7 @@ def full_row(config: Config) -> Interleaved | Pairs:
     if isinstance(row, Pairs):
         return row._replace(valid=np.ones_like(row.valid))
     images, budgets, model = row.images, config.data.budgets, config.model
-    rows, cols = layout.geometry(model, config.data).buckets[0] if model.dit else (0, 0)
+    rows, cols = geometry.derive(model, config.data).buckets[0] if model.dit else (0, 0)
     latents = rows * cols
     frames = min(budgets.images, budgets.latent_tokens // latents) if latents else budgets.images
     patch = model.vlm.vision.patch_size

@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mmcore_jax import config as config_lib
 from mmcore_jax import pretrained, sharding
 from mmcore_jax.config import Config, Lora, Model, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import packing
 from mmcore_jax.data.image import PROCESSOR_FILE, check_processor
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
@@ -348,7 +348,7 @@ def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
     config = config_lib.from_json(workdir / "config.json")
     model = MMCORE(config.model, config.execution)
     mesh = sharding.make_mesh(config_lib.Mesh(data=-1, fsdp=1, context=1, tensor=1), jax.local_devices())
-    plan = make_plan(config, model, mesh, layout.placeholder(config))
+    plan = make_plan(config, model, mesh, packing.placeholder(config))
     params: Flat = {}
     for part in sorted({path.split("/")[0] for path in plan.shapes}):
         like = plan.part(part, config.execution.frozen_dtype)

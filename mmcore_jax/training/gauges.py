@@ -28,8 +28,9 @@ from jax.sharding import Mesh
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Alignment, Budgets, Config, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.example import BadExample, Example
+from mmcore_jax.data.geometry import Geometry
 from mmcore_jax.data.layout import Interleaved, Item, Picture
 from mmcore_jax.data.sources import RandomAccess, open_source
 from mmcore_jax.evaluation import probes, scores
@@ -86,7 +87,7 @@ class Gauges:
                 "config.gauges.sources nothing to measure it on: give it sources, or set it to 0."
             )
         sources = [open_source(name, settings) for name, settings in config.gauges.sources.items()]
-        self._sizes = layout.geometry(config.model, config.data)
+        self._sizes = geometry.derive(config.model, config.data)
         make = functools.partial(_make_case, config, layout.ChatFormat(tokenizer), self._sizes)
         self._cases = [case for source in sources for case in _choose(source, config.gauges.examples, make)]
         taken = np.array([layout.lengths(case.item, self._sizes) for case in self._cases])
@@ -132,7 +133,7 @@ class Gauges:
             start = first + jax.process_index() * size
             cases = self._cases[start : start + size]
             rows = [[(case.item, case.pictures)] for case in cases] + [[]] * (size - len(cases))
-            yield sharding.shard_batch(layout.assemble(rows, start, self._budgets, self._sizes), self._mesh)
+            yield sharding.shard_batch(packing.assemble(rows, start, self._budgets, self._sizes), self._mesh)
 
 
 # --- Cases ------------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def _choose(source: RandomAccess, count: int, make: Callable[[str, Example], Cas
     return cases
 
 
-def _make_case(config: Config, chat: layout.ChatFormat, sizes: layout.Geometry, source: str, example: Example) -> Case:
+def _make_case(config: Config, chat: layout.ChatFormat, sizes: Geometry, source: str, example: Example) -> Case:
     """Raises `BadExample` as training would, which leaves out what no row has room for."""
     item = layout.make_item(example, chat, sizes)
     excess = layout.exceeded(layout.lengths(item, sizes), config.data.budgets)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import features, layout
+from mmcore_jax.data import features, geometry, layout, packing
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.features import CHUNK, PARTS
 from mmcore_jax.data.layout import Features, Interleaved, Picture
@@ -87,7 +87,7 @@ def precompute(
     if not made_by:
         return made_by
     reader = Reader(config)
-    reader.shown = layout.without(reader.sizes, PARTS.keys() - made_by.keys())  # decodes no more than is asked for
+    reader.shown = geometry.without(reader.sizes, PARTS.keys() - made_by.keys())  # decodes no more than is asked for
     make = _Maker(config, model, join({}, Constants(frozen, {})), mesh, reader)
     for number, source in enumerate(reader.sources):
         stores = [store for store in features.stores(config, reader, number, made_by) if store.missing]
@@ -167,15 +167,15 @@ class _Maker:
     def _read_examples(self, good: list[Prepared], frames: list[list[dict]]) -> None:
         """Writes the conditioning: packed examples through the VLM."""
         budgets, size = self._config.data.budgets, self._config.batch_size
-        sizes = layout.without(self._reader.sizes, ["latents", "targets"])
+        sizes = geometry.without(self._reader.sizes, ["latents", "targets"])
         taken = np.array([layout.lengths(example.content, sizes) for example in good])
-        rows = layout.plan(taken, budgets, np.random.default_rng(0)) if good else []
+        rows = packing.plan(taken, budgets, np.random.default_rng(0)) if good else []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             packed = [
                 [(good[i].content, [Picture(vlm=image.vlm) for image in good[i].images]) for i in row] for row in part
             ]
-            batch = layout.assemble(packed + [[]] * (size - len(part)), first, budgets, sizes)
+            batch = packing.assemble(packed + [[]] * (size - len(part)), first, budgets, sizes)
             text, visual = map(np.asarray, self._condition(self._params, sharding.shard_batch(batch, self._mesh)))
             context, generated = batch.diffusion.context_meta, batch.images.generated
             for b, row in enumerate(part):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry
 from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.mmcore import MMCORE, Forward
 from mmcore_jax.objectives import OBJECTIVES
@@ -68,7 +68,7 @@ def make_encode(config: Config, model: MMCORE, plan: Plan) -> Callable[[Constant
     Raises:
       UserError: if the autoencoder trains, which no gradient would reach.
     """
-    if not layout.one_bucket(config):
+    if not geometry.one_bucket(config):
         return None
     for path in plan.trainable:
         if path.startswith("autoencoder/"):
@@ -76,7 +76,7 @@ def make_encode(config: Config, model: MMCORE, plan: Plan) -> Callable[[Constant
                 f"config.tuning trains {path!r}, but images of several config.data.aspect_ratios are encoded before "
                 "the step: freeze autoencoder/.*, or leave one ratio."
             )
-    capacity = layout.geometry(config.model, config.data).latent_capacity
+    capacity = geometry.derive(config.model, config.data).latent_capacity
 
     @jax.jit
     def encode(constants: Constants, pixels: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 from mmcore_jax import config as config_lib
 from mmcore_jax.bridge.conditioning import Condition
 from mmcore_jax.config import Frames, Model, Pixels, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import geometry
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.nn.masks import CLEAN, NOISED
 from tests import rows, tiny
@@ -69,4 +69,4 @@ def test_more_images_than_embeddings(tmp_path):
     data = tiny.write_dataset(tmp_path)
     config = tiny.config("stage2", data, "--config.model.frames={'count': 1}")
     with pytest.raises(UserError, match=r"budgets.images 3 are more than .*model.frames tells apart: make its count 2"):
-        layout.geometry(config.model, config.data)
+        geometry.derive(config.model, config.data)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import Budgets, UserError
-from mmcore_jax.data import example, layout, survey, text
+from mmcore_jax.data import example, geometry, layout, packing, survey, text
 from mmcore_jax.data.layout import Picture
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.nn.masks import CLEAN, NOISED, VISUAL
@@ -76,7 +76,7 @@ def test_a_bucket_is_as_large_as_the_square(side, ratio, bucket):
             f"--config.data.aspect_ratios=({ratio}, 1.0)",
         ],
     )
-    sizes = layout.geometry(config.model, config.data)
+    sizes = geometry.derive(config.model, config.data)
     assert sizes.buckets[0] == bucket
     assert sizes.drawn(bucket) == (4 * bucket[0], 4 * bucket[1])
     assert math.prod(bucket) <= sizes.latent_capacity == side**2
@@ -95,7 +95,7 @@ def test_mistakes(ratios, words):
 
     def derive():
         config = config_lib.load(file, [f"--config.data.aspect_ratios={ratios}"])
-        return layout.geometry(config.model, config.data)
+        return geometry.derive(config.model, config.data)
 
     with pytest.raises(UserError, match=words):
         derive()
@@ -130,12 +130,12 @@ def test_all_images_of_an_edit_are_cropped_alike():
 
 def test_tokens_of_several_buckets_in_a_row():
     """Latents given, they stand beside each other: each frame's patches, and its queries spread over it."""
-    shown = layout.without(SIZES, ["latents"])
+    shown = geometry.without(SIZES, ["latents"])
     row = []
     for one in (drawing("wide", 1, WIDE), edit("tall", 2, WIDE, TALL)):
         item = layout.make_item(one, rows.CHAT, SIZES)
         row.append((item, [Picture() for _ in item.frames]))
-    batch = layout.assemble([row], 0, Budgets(200, 0, 40, 60, 3), shown)
+    batch = packing.assemble([row], 0, Budgets(200, 0, 40, 60, 3), shown)
     assert batch.images.pixels.size == 0
     meta, source = batch.diffusion.latent_meta, batch.diffusion.latent_source[0]
     for kind, slot, (height, width) in ((NOISED, 0, (3, 5)), (CLEAN, 1, (5, 3)), (NOISED, 2, (5, 3))):
@@ -277,7 +277,7 @@ def test_all_is_packed_together_where_latents_are_given(data):
     """One bucket, or none to encode: rows and order are those of the packing alone."""
     config = make_config(data)
     given = dataclasses.replace(config, data=dataclasses.replace(config.data, features=("latents",)))
-    assert layout.one_bucket(config)
-    assert not layout.one_bucket(given)
-    assert not layout.one_bucket(make_config(data, ratios=(1.0,)))
-    assert not layout.one_bucket(dataclasses.replace(config, model=dataclasses.replace(config.model, dit=None)))
+    assert geometry.one_bucket(config)
+    assert not geometry.one_bucket(given)
+    assert not geometry.one_bucket(make_config(data, ratios=(1.0,)))
+    assert not geometry.one_bucket(dataclasses.replace(config, model=dataclasses.replace(config.model, dit=None)))

@@ -108,9 +108,8 @@ def test_training_rows_are_the_published_template(tokenizer, chat):
         {"role": "assistant", "content": "a hat"},
     ]
     expected = published(tokenizer, chat, messages, [4])
-    assert item.ids == expected[:-1]  # the template adds a line break behind the last turn
-    learned = [token for token, is_learned in zip(item.ids, item.learned) if is_learned]
-    assert tokenizer.decode(learned) == "a hat<|im_end|>"
+    assert item.ids.tolist() == expected[:-1]  # the template adds a line break behind the last turn
+    assert tokenizer.decode(item.ids[item.learned].tolist()) == "a hat<|im_end|>"
     np.testing.assert_array_equal(item.positions[: len(chat.preamble), 0], np.arange(len(chat.preamble)))
 
 

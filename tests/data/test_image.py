@@ -16,7 +16,7 @@ from mmcore_jax.config import UserError
 from mmcore_jax.data import example
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample
-from mmcore_jax.data.layout import Geometry
+from mmcore_jax.data.geometry import Geometry
 from mmcore_jax.models import qwen_vl
 from mmcore_jax.nn.masks import IMAGE
 from tests import rows

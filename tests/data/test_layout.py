@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore_jax import config as config_lib
-from mmcore_jax.config import Budgets, UserError
-from mmcore_jax.data import example, layout
+from mmcore_jax.data import example, layout, packing
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.nn import patches as patches_lib
 from mmcore_jax.nn.masks import CLEAN, IMAGE, NOISED, PAD, QUERY, TEXT, VISUAL
-from tests import rows, tiny
+from tests import rows
 from tests.rows import BUDGETS, CHARACTERS, CHAT, SIZES, document
 
 ROW = rows.pack(rows.INTERLEAVED, rows.DRAWING)
@@ -249,97 +247,14 @@ def test_exceeded_names_the_budget():
     assert layout.exceeded(taken._replace(images=6), BUDGETS) is None
 
 
-def random_lengths(number, budgets):
-    rng = np.random.default_rng(number)
-    limits = dataclasses.astuple(budgets)
-    return [layout.Lengths(*(int(rng.integers(0, limit // 2 + 1)) for limit in limits)) for _ in range(200)]
-
-
-@pytest.mark.parametrize("budgets", [BUDGETS, Budgets(80, 128, 0, 0, 3)])
-def test_plan_packs_everything_once_within_budgets(budgets):
-    taken = random_lengths(0, budgets)
-    packed = layout.plan(taken, budgets, np.random.default_rng(3))
-    assert sorted(number for row in packed for number in row) == list(range(200))
-    for row in packed:
-        assert (np.sum([taken[number] for number in row], axis=0) <= dataclasses.astuple(budgets)).all()
-    assert len(packed) < 150
-
-
-def realistic_lengths(count, rng):
-    """Half text-to-image, a third edits, the rest understanding: 512-pixel images, captions and answers log-normal."""
-    kind = rng.choice(3, count, p=[0.5, 0.3, 0.2])
-    caption = np.clip(rng.lognormal(np.log(45), 0.8, count), 5, 400).astype(int)
-    answer = np.clip(rng.lognormal(np.log(120), 0.9, count), 10, 1200).astype(int)
-    image = rng.integers(100, 257, count)  # VLM tokens
-    vlm = np.select([kind == 0, kind == 1], [caption + 96, caption + image + 98], answer + image + 32)
-    patches, context = np.where(kind == 0, 0, 4 * image), np.where(kind == 2, 0, caption + 64)
-    latents, images = np.array([1024, 2048, 0])[kind], np.array([1, 2, 1])[kind]
-    return np.stack([vlm, patches, context, latents, images], axis=1)
-
-
-def next_fit(taken, budgets):
-    """What a stream packs that looks at one row only."""
-    rows, limits = [[]], np.array(dataclasses.astuple(budgets))
-    for number in range(len(taken)):
-        if (taken[[*rows[-1], number]].sum(axis=0) > limits).any():
-            rows.append([])
-        rows[-1].append(number)
-    return rows
-
-
-def test_rows_are_full():
-    """Both token budgets that cost compute, in proportion to what the mixture needs of each."""
-    taken, budgets = realistic_lengths(4096, np.random.default_rng(1)), Budgets(3736, 6000, 1800, 16_384, 24)
-    used = {
-        name: np.mean([taken[row].sum(axis=0) for row in rows], axis=0)[[0, 3]] / (3736, 16_384)
-        for name, rows in (
-            ("plan", layout.plan(taken, budgets, np.random.default_rng(0))),
-            ("next fit", next_fit(taken, budgets)),
-        )
-    }
-    assert (used["plan"] > 0.97).all(), used
-    assert (used["next fit"] < 0.9).all(), used
-
-
-def test_plan_is_a_function_of_its_seed():
-    taken = random_lengths(1, BUDGETS)
-    plans = [layout.plan(taken, BUDGETS, np.random.default_rng(seed)) for seed in (3, 3, 4)]
-    assert plans[0] == plans[1] != plans[2]
-    assert sorted(map(tuple, plans[0])) == sorted(map(tuple, plans[2]))
-
-
 def test_pairs():
     image, tokens = layout.make_pair(document("pair", 1, "abcdef"), CHAT.encode, 4)
     assert image == rows.png(1)
     assert CHARACTERS.decode(tokens) == "abcd"
-    batch = layout.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens), None], 6, 8, 4)
+    batch = packing.assemble_pairs([(PICTURES[0], tokens[:2]), (PICTURES[1], tokens), None], 6, 8, 4)
     np.testing.assert_array_equal(batch.row, [6, 7, 8])
     np.testing.assert_array_equal(batch.valid, [[True, True, False, False], [True] * 4, [False] * 4])
     np.testing.assert_array_equal(batch.pixels, [*PICTURES[:2], np.zeros_like(PICTURES[0])])
     assert batch.ids[0].tolist() == [ord("a"), ord("b"), 0, 0]
     with pytest.raises(BadExample):
         layout.make_pair(document("no image", "abc"), CHAT.encode, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("--config.data.vlm_pixels=(36, 1024)", r"vlm_pixels \(36, 1024\) must ascend, from 64, the pixels of a token"),
-        ("--config.data.vlm_pixels=(1024, 64)", "vlm_pixels .* must ascend"),
-        ("--config.data.vlm_pixels=None", "vlm_pixels is None, but the stage has a VLM"),
-        ("--config.data.image_size=None", "image_size None must be a multiple of 4, for latent patches"),
-        ("--config.model.dit.patch_size=5", "image_size 32 must be a multiple of 5, for latent patches"),
-        ("--config.data.image_size=64", "64 makes 16 latent patches a side, but .*position_grid 8"),
-        ("--config.data.budgets.vision_patches=66", "vision_patches 66 must be a multiple of 4"),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(change, words):
-    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py"), [change])
-    with pytest.raises(UserError, match=words):
-        layout.geometry(config.model, config.data)
-
-
-def test_queries_finer_than_the_vision_target_are_refused():
-    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage1.py"), ["--config.model.queries.grid=9"])
-    with pytest.raises(UserError, match="grid 9 is finer than the vision target's patches, 8 a side"):
-        layout.geometry(config.model, config.data)

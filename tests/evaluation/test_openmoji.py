@@ -18,7 +18,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import evaluate, sharding
 from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import image as image_lib
-from mmcore_jax.data import layout, text
+from mmcore_jax.data import layout, packing, text
 from mmcore_jax.evaluation import openmoji, probes, scores
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.training.state import make_plan
@@ -285,7 +285,7 @@ def run(directory):
         stage2, model=model, objectives=dataclasses.replace(stage2.objectives, alignment=stage1.objectives.alignment)
     )
     composed = MMCORE(config.model, config.execution)
-    plan = make_plan(config, composed, sharding.make_mesh(config.mesh), layout.placeholder(config))
+    plan = make_plan(config, composed, sharding.make_mesh(config.mesh), packing.placeholder(config))
     rng = np.random.default_rng(0)
     params = {
         path: rng.normal(float(path.endswith("scale")), 0.1, leaf.shape).astype(np.float32)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from mmcore_jax import convert, pretrained, sharding
 from mmcore_jax.config import UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import packing
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.pretrained import table
 from mmcore_jax.training.checkpoint import fingerprints, initial_params
@@ -68,7 +68,7 @@ def stage1(data, vision_target) -> tuple:
     config = tiny.config("stage1", data)
     config = dataclasses.replace(config, init=config.init | {"vision_target": str(vision_target)})
     model, mesh = MMCORE(config.model, config.execution), sharding.make_mesh(config.mesh)
-    batch = layout.placeholder(config)
+    batch = packing.placeholder(config)
     return config, model, make_plan(config, model, mesh, batch), batch
 
 

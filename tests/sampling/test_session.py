@@ -62,8 +62,8 @@ def test_a_turn_is_the_next_image_of_an_interleaved_document(converse, given):
     segments = [example.image(rows.png(1)), example.text("a cat"), first, example.text("make it blue"), second]
     trained = layout.make_item({"id": "trained", "task": "interleaved", "segments": segments}, rows.CHAT, rows.SIZES)
     asked = layout.make_item(jobs[1].request, rows.CHAT, rows.SIZES)
-    assert asked.ids == trained.ids
-    assert asked.kinds == trained.kinds
+    np.testing.assert_array_equal(asked.ids, trained.ids)
+    np.testing.assert_array_equal(asked.kinds, trained.kinds)
     for ours, theirs in zip(asked.frames[:-1], trained.frames[:-1], strict=True):
         assert ours == theirs
     assert [(job.seed, job.output.name) for job in jobs] == [(1, "turn_01.png"), (7, "turn_02.png")]

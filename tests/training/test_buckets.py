@@ -14,7 +14,7 @@ from PIL import Image
 from mmcore_jax.bridge.conditioning import Drop
 from mmcore_jax.config import Budgets, UserError
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import features, layout
+from mmcore_jax.data import features, geometry, layout, packing
 from mmcore_jax.data.layout import Features
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.data.reader import Reader
@@ -74,7 +74,7 @@ def test_latents_are_made_before_the_step_or_kept(data):
         rows = [batches._planner.row(number * 8 + row) for row in range(8)]
         packed = [[(one.content, one.images) for one in (reader.prepare(*draw) for draw in row)] for row in rows]
         given = features.empty(8, kept.config, reader.sizes, ("latents",))
-        batch = layout.assemble(packed, 0, kept.config.data.budgets, reader.shown, given)
+        batch = packing.assemble(packed, 0, kept.config.data.budgets, reader.shown, given)
         assert batch.images.pixels.size == 0
         batch = batch._replace(images=batch.images._replace(pixels=None))
         assert loss(batch) == pytest.approx(value, rel=1e-5)
@@ -102,9 +102,9 @@ def test_an_autoencoder_that_trains_needs_one_bucket(data):
 def test_an_image_beside_others_is_drawn_as_if_alone(data):
     """Three documents of three shapes in a row, and each in a row of its own, of no more capacity than it needs."""
     setting, rng = Setting("stage2", data, (), *RATIOS), np.random.default_rng(0)
-    shapes = nn.unbox(jax.eval_shape(setting.model.init, jax.random.key(0), layout.placeholder(setting.config)))
+    shapes = nn.unbox(jax.eval_shape(setting.model.init, jax.random.key(0), packing.placeholder(setting.config)))
     params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
-    sizes = layout.without(layout.geometry(setting.config.model, setting.config.data), ["latents"])
+    sizes = geometry.without(geometry.derive(setting.config.model, setting.config.data), ["latents"])
     reader, tasks = Reader(setting.config), tiny.examples()
     documents = [
         reshaped(tasks["text_to_image"][0], SHAPES[1]),
@@ -134,7 +134,7 @@ def test_an_image_beside_others_is_drawn_as_if_alone(data):
         """The velocities of the noised tokens of a row, in their order."""
         budgets = np.sum([layout.lengths(item, sizes) for item, _ in row], axis=0)
         given = Features(np.zeros((1, budgets[-1], sizes.latent_capacity, 48), np.float32))
-        batch = layout.assemble([row], 0, Budgets(*map(int, budgets)), sizes, given)
+        batch = packing.assemble([row], 0, Budgets(*map(int, budgets)), sizes, given)
         meta = batch.diffusion.latent_meta
         return np.asarray(velocity(params, batch))[0, meta.kind[0] == NOISED]
 

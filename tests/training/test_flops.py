@@ -17,7 +17,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
 from mmcore_jax.bridge.conditioning import Condition, Drop
 from mmcore_jax.config import Tuning
-from mmcore_jax.data import features, layout
+from mmcore_jax.data import features, geometry, layout, packing
 from mmcore_jax.data.example import image, text
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.models import mmdit, qwen_vl
@@ -96,7 +96,7 @@ class Case:
             model = dataclasses.replace(config.model, vision_target=siglip_of_width(256, text=True))
             config = dataclasses.replace(config, model=model, batch_size=ROWS)
             pixels = np.zeros((32, 32, 3), np.uint8)
-            self.batch = layout.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, pixels.shape[0], 16)
+            self.batch = packing.assemble_pairs([(pixels, [1] * 16)] * ROWS, 0, pixels.shape[0], 16)
         else:
             config = wide(config, dual_layers, connector_depth)
             self.batch = self.interleaved(config, padding)
@@ -118,11 +118,11 @@ class Case:
         return case
 
     def interleaved(self, config, padding):
-        sizes = layout.geometry(config.model, config.data)
+        sizes = geometry.derive(config.model, config.data)
         item = layout.make_item(document(), layout.ChatFormat(WordTokenizer()), sizes)
         budgets = config_lib.Budgets(*(length + padding for length in layout.lengths(item, sizes)))
         pictures = [layout.picture(frame, sizes) for frame in item.frames]
-        return layout.assemble([[(item, pictures)]] * ROWS, 0, budgets, sizes)
+        return packing.assemble([[(item, pictures)]] * ROWS, 0, budgets, sizes)
 
     def counted_by_compiler(self, function, *inputs):
         """FLOPs of the optimised program of `function(bound model, batch, *inputs)`, forward."""
@@ -208,7 +208,7 @@ def test_forward_of_a_part_is_what_the_compiler_counts(part, sizes):
 )
 def test_parts_whose_features_a_batch_brings_are_spared(stage, kind, spared):
     case = load(stage)
-    given = features.empty(ROWS, case.config, layout.geometry(case.config.model, case.config.data), [kind])
+    given = features.empty(ROWS, case.config, geometry.derive(case.config.model, case.config.data), [kind])
     found = flops.step_flops(case.config, case.plan, case.batch._replace(features=given))
     kept = {part: count for part, count in case.flops.items() if part not in {*spared, "total"}}
     assert spared < set(case.flops)

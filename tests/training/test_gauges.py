@@ -11,7 +11,7 @@ import pytest
 
 from mmcore_jax import sharding, train
 from mmcore_jax.config import Budgets, Config, UserError
-from mmcore_jax.data import layout
+from mmcore_jax.data import layout, packing
 from mmcore_jax.data.image import Processor
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.decode import TextGenerator, TextSampling
@@ -116,7 +116,7 @@ class Setting:
     def __init__(self, config: Config, record: dict | None = None, devices: int = 1) -> None:
         mesh = self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         self.model, self.tokenizer = MMCORE(config.model, config.execution), load_tokenizer(config.data.tokenizer)
-        example = layout.placeholder(config, devices)
+        example = packing.placeholder(config, devices)
         with jax.set_mesh(mesh):
             plan = make_plan(config, self.model, mesh, example)
             flat = random_params(config, self.model, plan, example, list(plan.shapes))
@@ -147,7 +147,7 @@ def test_next_token_is_that_of_the_answers(data) -> None:
     for case in (case for case in setting.gauges._cases if case.source == "caption"):
         sizes = setting.gauges._sizes
         budgets = Budgets(*layout.lengths(case.item, sizes))
-        batch = layout.assemble([[(case.item, case.pictures)]], 0, budgets, sizes)
+        batch = packing.assemble([[(case.item, case.pictures)]], 0, budgets, sizes)
         hidden = setting.model.apply({"params": setting.params}, batch, method="hidden_states")
         logits = setting.model.apply({"params": setting.params}, hidden, method="logits")[0]
         answer = np.flatnonzero(np.array(case.item.learned))

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mmcore_jax import prepare, sharding
 from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import example as example_lib
-from mmcore_jax.data import features, layout
+from mmcore_jax.data import features, geometry, layout, packing
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.data.reader import Reader
 from mmcore_jax.mmcore import MMCORE
@@ -42,7 +42,7 @@ class Setting:
     def __init__(self, stage: str, directory, kinds: tuple[str, ...], *extra: str) -> None:
         self.config: Config = tiny.config(stage, directory, f"--config.data.features={kinds!r}", *extra)
         self.mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
-        self.model, example = MMCORE(self.config.model, self.config.execution), layout.placeholder(self.config)
+        self.model, example = MMCORE(self.config.model, self.config.execution), packing.placeholder(self.config)
         self.plan = make_plan(self.config, self.model, self.mesh, example)
         self.params = random_params(self.config, self.model, self.plan, example, list(self.plan.shapes))
         self.frozen = freeze(self.config, self.plan, self.params)
@@ -176,5 +176,5 @@ def test_a_folder_that_cannot_be_written(own_data):
 def test_dtypes_follow_the_networks(data):
     config = Setting("stage2", data, ("latents", "conditioning")).config
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, compute_dtype="bfloat16"))
-    made = features.empty(2, config, layout.geometry(config.model, config.data), config.data.features)
+    made = features.empty(2, config, geometry.derive(config.model, config.data), config.data.features)
     assert (made.latents.dtype, made.text.dtype.name, made.visual.dtype.name) == (np.float32, "bfloat16", "bfloat16")
