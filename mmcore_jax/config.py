@@ -636,7 +636,8 @@ class Execution:
     """How the program runs.
 
     Matrix products run in `compute_dtype`, frozen parameters are kept in `frozen_dtype`; `scan_layers` compiles one
-    layer and loops over it, `remat` names what the backward pass recomputes ("attention": all but what `flash` gave).
+    layer and loops over it, `remat` names what the backward pass recomputes ("attention": all but what `flash` gave;
+    "qkv": nor what it took).
     Compiled programs are kept for the next start in the directory `compilation_cache`, in the workdir unless it is
     absolute.
     """
@@ -645,7 +646,7 @@ class Execution:
     frozen_dtype: Literal["float32", "bfloat16"]
     attention: Literal["dense", "blockwise", "flash"]
     scan_layers: bool
-    remat: Literal["none", "dots", "attention", "full"]
+    remat: Literal["none", "dots", "qkv", "attention", "full"]
     compilation_cache: str | None = None
 
 

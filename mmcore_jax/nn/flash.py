@@ -23,7 +23,8 @@ from mmcore_jax.nn.masks import PAD, Rule, TokenMeta
 BLOCK = 1024  # tokens at most; 512 is a third slower on v5e
 LANES = 128
 NAME = "flash"
-SAVED = "flash_attention"  # what a remat policy may keep, so that the backward pass does not attend again
+# What a remat policy may keep, so that the backward pass does not attend again, nor compute queries, keys and values.
+SAVED, TAKEN = "flash_attention", "flash_inputs"
 _FIELDS = 8  # those of the metadata, in a whole tile
 _NOTHING, _SOME, _ALL = range(3)  # of a block of queries and keys that the rule lets be seen
 _MASKED = -1e30
@@ -72,15 +73,14 @@ def _forward(q, k, v, q_meta, k_meta, rule, reference, interpret) -> tuple[jax.A
     def plain(*given: Any) -> tuple[jax.Array, jax.Array]:
         return reference(*given, rule), jnp.zeros(q.shape[:3], jnp.float32)
 
-    given = q, k, v, q_meta, k_meta
+    given = *(_named(x, TAKEN) for x in (q, k, v)), q_meta, k_meta
     found = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
-    out, log_sum = (checkpoint_name(x, SAVED) for x in (_merged(found[0]), found[1]))
-    return _split(out, q), (*given, out, log_sum)
+    out, log_sum = _named(found[0], SAVED), checkpoint_name(found[1], SAVED)
+    return out, (*given, out, log_sum)
 
 
 def _backward(rule, reference, interpret, residuals, gradient) -> tuple:
     *given, out, log_sum = residuals
-    out = _split(out, given[0])
 
     def kernels(gradient, out, log_sum, *given):
         return _differentiate(gradient, out, log_sum, *given, rule=rule, interpret=interpret)
@@ -97,14 +97,11 @@ def _backward(rule, reference, interpret, residuals, gradient) -> tuple:
 flash.defvjp(_forward, _backward)
 
 
-def _merged(x: jax.Array) -> jax.Array:
-    """`[B, L, H * C]`: kept by head, a layer's result would take twice the memory where heads have 64 channels."""
-    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
-
-
-def _split(x: jax.Array, like: jax.Array) -> jax.Array:
-    rows, heads, length, channels = like.shape
-    return jnp.swapaxes(x.reshape(rows, length, heads, channels), 1, 2)
+def _named(x: jax.Array, name: str) -> jax.Array:
+    """`[B, H, L, C]`, kept as `[B, L, H * C]`: by head, 64 channels would take the memory of 128."""
+    rows, heads, length, channels = x.shape
+    merged = jnp.swapaxes(x, 1, 2).reshape(rows, length, heads * channels)
+    return jnp.swapaxes(checkpoint_name(merged, name).reshape(rows, length, heads, channels), 1, 2)
 
 
 # --- What is passed to the kernels ------------------------------------------------------------------------------------

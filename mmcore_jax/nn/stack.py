@@ -15,6 +15,7 @@ from mmcore_jax.nn import flash
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(flash.SAVED),
+    "qkv": jax.checkpoint_policies.save_only_these_names(flash.SAVED, flash.TAKEN),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

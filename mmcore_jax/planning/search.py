@@ -14,7 +14,7 @@ from mmcore_jax.planning.outcome import Outcome
 from mmcore_jax.planning.program import LOCAL
 from mmcore_jax.progress import progress
 
-REMAT = ("full", "attention", "dots", "none")  # each needs more memory than the one before
+REMAT = ("full", "attention", "qkv", "dots", "none")  # each needs more memory than the one before
 ROWS = (1, 2, 4, 8)  # of a device at once
 TENSOR = (1, 2)
 GROUPS = (1, 4, 16)  # copies of the parameters, along the data axis

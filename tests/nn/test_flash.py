@@ -131,20 +131,21 @@ def test_a_mesh_changes_nothing():
     tiny.call(sharded, devices=8)
 
 
-@pytest.mark.parametrize(("remat", "forward"), [("full", 2), ("attention", 1)])
-def test_what_remat_keeps_is_not_attended_to_again(remat, forward):
+@pytest.mark.parametrize(("remat", "forward", "inputs"), [("full", 2, 2), ("attention", 1, 2), ("qkv", 1, 1)])
+def test_what_remat_keeps_is_not_computed_again(remat, forward, inputs):
     """In the program for TPUs, which needs none until it is compiled."""
     meta, (q, k, v) = documents([150, 106]), arrays(256, 256)
 
     @functools.partial(jax.checkpoint, policy=POLICIES[remat])
     def layer(q):
-        return jnp.sin(attention(jnp.cos(q), k, v, meta, meta, masks.causal, "flash"))
+        return jnp.tanh(attention(jnp.cos(q), k, v, meta, meta, masks.causal, "flash"))
 
     chip = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
         traced = jax.jit(jax.value_and_grad(lambda q: layer(q).sum())).trace(q)
         program = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert [calls(program, f"flash_{kind}_causal") for kind in ("forward", "queries", "keys")] == [forward, 1, 1]
+    assert program.count("stablehlo.cosine") == inputs
 
 
 def calls(program: str, kernel: str, function: str = "main") -> int:
