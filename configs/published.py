@@ -159,8 +159,8 @@ def on_pods(recipes: dict[str, Callable[[], ConfigDict]]) -> dict[str, Callable[
     return recipes | {f"{recipe}_{pod}": functools.partial(on, recipe, pod) for recipe, pod in pairs}
 
 
-def execution() -> ConfigDict:
-    """bfloat16 products, one compiled layer a stack, all in it but attention computed again in the backward pass.
+def execution(remat: str) -> ConfigDict:
+    """bfloat16 products, one compiled layer a stack, all in it but what `remat` keeps computed again going backward.
 
     What compiles for minutes is kept for a restart.
     """
@@ -170,7 +170,7 @@ def execution() -> ConfigDict:
             frozen_dtype="bfloat16",
             attention="flash",
             scan_layers=True,
-            remat="attention",
+            remat=remat,
             compilation_cache="compiled",
         )
     )

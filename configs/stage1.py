@@ -186,7 +186,7 @@ def _published(recipe: str, vlm: ConfigDict, checkpoint: str) -> ConfigDict:
             checkpoint=dict(every=500, keep=3, keep_period=10_000, local_every=0, local=""),
             telemetry=dict(log_every=10, sample_every=0),
             mesh=published.mesh(),
-            execution=published.execution(),
+            execution=published.execution("qkv"),
             gauges=published.gauges("understanding", "text_to_image", "edit"),
         )
     )

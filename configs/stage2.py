@@ -229,7 +229,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
             checkpoint=dict(every=500, keep=3, keep_period=10_000, local_every=0, local=""),
             telemetry=dict(log_every=10, sample_every=1000),
             mesh=published.mesh(),
-            execution=published.execution(),
+            execution=published.execution("attention"),
             gauges=published.gauges("text_to_image", "edit"),
         )
     )

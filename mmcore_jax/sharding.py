@@ -21,9 +21,11 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. Activations: batch, length and the features that tensor parallelism splits.
 # Parameters: "embed" is split for storage (fsdp) and gathered when used; the others are split for good (tensor).
-# "lora", the long side of a matrix that has only one, is split over both.
+# "lora", the long side of a matrix that has only one, is split over both. "group_batch": the rows of all devices among
+# which a parameter is split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "group_batch": ("data",),
     "length": ("context",),
     "activation_heads": ("tensor",),
     "activation_mlp": ("tensor",),

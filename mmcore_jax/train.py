@@ -35,13 +35,13 @@ from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
 from mmcore_jax.training import bad_steps
 from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
-from mmcore_jax.training.compilation import keep_programs
+from mmcore_jax.training.compilation import compiled_step, keep_programs
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
 from mmcore_jax.training.goodput import Goodput
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import Constants, abstract_state, create_state, freeze, join, make_plan
-from mmcore_jax.training.step import Metrics, compiled_step, make_encode, make_step
+from mmcore_jax.training.step import Metrics, make_encode, make_step
 from mmcore_jax.training.telemetry import Silence, Telemetry
 from mmcore_jax.training.watchdog import watching
 
@@ -130,7 +130,7 @@ def run(
     del params
 
     # --- The loop -----------------------------------------------------------------------------------------------------
-    encode, step_function = make_encode(config, model, plan), compiled_step(make_step(config, model, plan))
+    encode, step_function = make_encode(config, model, plan), compiled_step(make_step(config, model, plan), mesh)
     telemetry = Silence()
     if processes.is_first():
         telemetry = Telemetry(workdir, f"{config.stage} {config.recipe}", first, config.total_steps)

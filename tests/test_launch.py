@@ -252,15 +252,14 @@ def test_a_signal_reaches_all_processes(machine) -> None:
     assert len(machine.calls("started")) == 2
 
 
-def test_flags_are_added_once(machine) -> None:
-    show = "source launch/flags.sh cuda; source launch/flags.sh tpu,openmoji; echo $XLA_FLAGS/$LIBTPU_INIT_ARGS"
-    given = "--xla_gpu_enable_latency_hiding_scheduler=false"
-    ran = subprocess.run(
-        ["bash", "-c", show], cwd=REPOSITORY, env={**os.environ, "XLA_FLAGS": given}, capture_output=True, text=True
-    )
-    ours, of_tpu = ran.stdout.strip().split("/")
-    assert ours == given
-    assert of_tpu.split() == [
-        "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
-        "--xla_tpu_data_parallel_opt_different_sized_ops=true",
-    ]
+def test_what_is_set_already_stays() -> None:
+    show = "source launch/flags.sh cuda,openmoji; echo $XLA_PYTHON_CLIENT_MEM_FRACTION/$GLIBC_TUNABLES"
+
+    def shown(**given: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
+        ran = subprocess.run(["bash", "-c", show], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        return ran.stdout.strip()
+
+    assert shown() == "0.92/glibc.malloc.hugetlb=1"
+    assert shown(XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == "0.5/glibc.malloc.hugetlb=1"
+    assert shown(GLIBC_TUNABLES="glibc.malloc.arena_max=1") == "0.92/glibc.malloc.arena_max=1"

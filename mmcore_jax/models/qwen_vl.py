@@ -229,8 +229,12 @@ class QwenVLModel(nn.Module):
         return self.embed(prompts.tokens, prompts.meta, prompts.source, prompts.patches, prompts.patch_meta)
 
     def embed_text(self, tokens: jax.Array) -> jax.Array:
-        """Returns input embeddings `[B, L, D]` of token ids `[B, L]`."""
-        return self.embedding[tokens].astype(self.execution.compute_dtype)
+        """Returns input embeddings `[B, L, D]` of token ids `[B, L]`.
+
+        Each device looks up its channels for all rows of its group: the table and its gradient are never whole.
+        """
+        x = self.embedding[constrain(tokens, "group_batch", None)].astype(self.execution.compute_dtype)
+        return constrain(constrain(x, "group_batch", None, "embed"), "batch", "length", None)
 
     def embed(
         self,

@@ -15,8 +15,9 @@ from mmcore_jax.data import features, geometry, packing
 from mmcore_jax.data.layout import Interleaved, Pairs
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.nn.masks import IMAGE, NOISED, TEXT, VISUAL, TokenMeta
+from mmcore_jax.training.compilation import compiled_step
 from mmcore_jax.training.state import Constants, Plan, State, abstract_state, make_plan
-from mmcore_jax.training.step import compiled_step, make_step
+from mmcore_jax.training.step import make_step
 
 LOCAL = "local"
 
@@ -63,7 +64,7 @@ def program(config: Config, devices: list) -> Program:
         plan = make_plan(config, model, mesh, _batch(packing.placeholder(config), config.batch_size, mesh))
         state, constants = abstract_state(config, plan, mesh), _constants(config, plan, mesh)
     batch = _batch(empty_row(config), config.batch_size, mesh)
-    return Program(mesh, plan, compiled_step(make_step(config, model, plan)), (state, constants, batch))
+    return Program(mesh, plan, compiled_step(make_step(config, model, plan), mesh), (state, constants, batch))
 
 
 def empty_row(config: Config) -> Interleaved | Pairs:

@@ -91,11 +91,6 @@ def make_encode(config: Config, model: MMCORE, plan: Plan) -> Callable[[Constant
     return replace
 
 
-def compiled_step(step: Callable) -> Callable:
-    """The step as it runs: compiled, with the state given away. `plan` compiles the same ahead of time."""
-    return jax.jit(step, donate_argnums=0)
-
-
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     """One key a row, from its position in the global batch: the same on any mesh and with any accumulation."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)

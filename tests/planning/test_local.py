@@ -1,5 +1,6 @@
 """The real step of small stages, compiled for eight emulated devices: placed as intended, and only expected traffic."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -53,6 +54,38 @@ def test_every_mesh_splits_what_it_should(stage: str) -> None:
 
 def _kinds(outcome: dict) -> set[str]:
     return {transfer["kind"] for transfer in outcome["transfers"]}
+
+
+def table_traffic() -> tuple[list[tuple[str, int]], int]:
+    """What moves to differentiate a lookup, (kind, bytes) each, and the bytes of all embeddings.
+
+    Runs where eight devices are.
+    """
+    from mmcore_jax.config import Mesh
+    from mmcore_jax.models.qwen_vl import QwenVLModel
+    from mmcore_jax.planning import hlo
+
+    config = tiny.config("stage1", pathlib.Path("nowhere"))
+    mesh = sharding.make_mesh(Mesh(2, 4, 1, 1))
+    model = QwenVLModel(dataclasses.replace(config.model.vlm, tie_embeddings=True), config.execution)
+    shape = config.model.vlm.vocab_size, config.model.vlm.width
+    table = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    ids = jax.ShapeDtypeStruct((16, shape[0]), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch")))
+
+    def looked_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.sin(model.apply({"params": {"embedding": table}}, ids, method="embed_text")).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(looked_up), out_shardings=table.sharding).lower(table, ids).compile()
+    module = hlo.parse(compiled.as_text())
+    found = [hlo.collective(module, name, line) for name, line, _ in hlo.executed(module)]
+    return [(one.kind, one.bytes) for one in found if one], 4 * shape[0] * shape[1]
+
+
+def test_no_device_holds_the_gradient_of_all_embeddings() -> None:
+    moved, whole = tiny.call(table_traffic, devices=8)
+    assert {"all-to-all", "all-reduce"} <= {kind for kind, _ in moved}
+    assert max(size for kind, size in moved if kind != "all-to-all") <= whole / 4
 
 
 def test_what_every_device_holds_whole_is_named() -> None:

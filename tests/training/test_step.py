@@ -12,8 +12,9 @@ from mmcore_jax.config import Config
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.training.checkpoint import fingerprints, initial_params
+from mmcore_jax.training.compilation import compiled_step
 from mmcore_jax.training.state import Constants, create_state, freeze, make_plan
-from mmcore_jax.training.step import compiled_step, make_step
+from mmcore_jax.training.step import make_step
 from tests import tiny
 
 STEPS = 60
@@ -33,7 +34,7 @@ class Run:
             self.constants = Constants(freeze(config, self.plan, self.start), statistics)
             self.state = create_state(config, self.plan, self.mesh, self.start)
         self.losses: list[float] = []
-        self._step = compiled_step(make_step(config, model, self.plan))
+        self._step = compiled_step(make_step(config, model, self.plan), self.mesh)
 
     def train(self, steps: int) -> "Run":
         """Goes so many steps further."""

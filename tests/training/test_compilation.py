@@ -1,0 +1,22 @@
+"""The step is compiled with the options of its platform, unless the environment has them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mmcore_jax import config as config_lib
+from mmcore_jax import sharding
+from mmcore_jax.training import compilation
+
+
+def double(state, batch):
+    return state + batch, batch
+
+
+def test_options_reach_the_compiler(monkeypatch):
+    mesh, given = sharding.make_mesh(config_lib.Mesh(1, 1, 1, 1), jax.devices()[:1]), (jnp.ones(2), jnp.ones(2))
+    monkeypatch.setitem(compilation.OPTIONS, "cpu", {"xla_no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+        compilation.compiled_step(double, mesh)(*given)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_option=false")
+    assert compilation.compiled_step(double, mesh)(*given)[0].tolist() == [2, 2]
