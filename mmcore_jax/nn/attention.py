@@ -6,6 +6,8 @@ what the rule hides (`nn/flash.py`), and `blockwise` elsewhere.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,16 @@ def attention(
     Each group of H / K query heads shares one key/value head. A query that the rule lets see nothing returns a mean of
     values that carries no meaning; callers ignore such positions.
     """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jnp.swapaxes(_IMPLEMENTATIONS[implementation](q, k, v, q_meta, k_meta, rule), 1, 2)
+    return _IMPLEMENTATIONS[implementation](q * q.shape[-1] ** -0.5, k, v, q_meta, k_meta, rule)
+
+
+def _heads_first(function: Callable) -> Callable:
+    """Of a function of `[B, H, L, C]` one of `[B, L, H, C]`."""
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+        return jnp.swapaxes(function(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), *rest), 1, 2)
+
+    return run
 
 
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
@@ -73,11 +83,11 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_me
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: TokenMeta, rule: Rule) -> jax.Array:
     """The compiler splits no kernel over a mesh, so that is done here: rows, heads and queries are independent."""
-    if q.shape[2] <= BLOCK:
-        return _dense(q, k, v, q_meta, k_meta, rule)
+    if q.shape[1] <= BLOCK:
+        return _heads_first(_dense)(q, k, v, q_meta, k_meta, rule)
 
     def local(*given):
-        return flash(*given, rule, _blockwise)
+        return flash(*given, rule, _heads_first(_blockwise))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -86,13 +96,13 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, q_meta: TokenMeta, k_meta: 
         axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
         for axes, size in (
             (sharding.RULES["batch"], q.shape[0]),
-            (sharding.RULES["activation_heads"], k.shape[1]),
-            (sharding.RULES["length"], q.shape[2]),
+            (sharding.RULES["activation_heads"], k.shape[2]),
+            (sharding.RULES["length"], q.shape[1]),
         )
     )
-    of_queries, of_keys = PartitionSpec(rows, heads, queries), PartitionSpec(rows, heads)
+    of_queries, of_keys = PartitionSpec(rows, queries, heads), PartitionSpec(rows, None, heads)
     split = of_queries, of_keys, of_keys, PartitionSpec(rows, queries), PartitionSpec(rows)
     return jax.shard_map(local, in_specs=split, out_specs=of_queries, check_vma=False)(q, k, v, q_meta, k_meta)
 
 
-_IMPLEMENTATIONS = {"dense": _dense, "blockwise": _blockwise, "flash": _flash}
+_IMPLEMENTATIONS = {"dense": _heads_first(_dense), "blockwise": _heads_first(_blockwise), "flash": _flash}

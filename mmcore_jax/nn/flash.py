@@ -5,7 +5,12 @@ something be seen; where it lets everything be seen, it is not evaluated. That f
 so it needs no mask of the length squared, and batches may pack their rows as they like. On other platforms the same
 function runs in plain JAX.
 
-B rows, L queries, S keys, H heads, K key/value heads, G = H / K, C channels per head, F fields of the metadata.
+Heads of 64 channels go through the kernels in pairs, which fill the 128 lanes of a register: alone, each would take
+twice its memory. A head is multiplied with zeros in place of its neighbour, which costs no more, since a product takes
+128 channels at once.
+
+B rows, L queries, S keys, H heads, K key/value heads, G = H / K, C channels per head, N heads side by side, F fields of
+the metadata.
 """
 
 import functools
@@ -54,7 +59,7 @@ def flash(
     reference: Reference,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns `[B, H, L, C]` for q `[B, H, L, C]`, which is scaled already, and k, v `[B, K, S, C]`.
+    """Returns `[B, L, H, C]` for q `[B, L, H, C]`, which is scaled already, and k, v `[B, S, K, C]`.
 
     Args:
       q, k, v: queries, keys and values.
@@ -71,7 +76,7 @@ def _forward(q, k, v, q_meta, k_meta, rule, reference, interpret) -> tuple[jax.A
         return _attend(*given, rule=rule, interpret=interpret)
 
     def plain(*given: Any) -> tuple[jax.Array, jax.Array]:
-        return reference(*given, rule), jnp.zeros(q.shape[:3], jnp.float32)
+        return reference(*given, rule), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
     given = *(_named(x, TAKEN) for x in (q, k, v)), q_meta, k_meta
     found = kernels(*given) if interpret else jax.lax.platform_dependent(*given, tpu=kernels, default=plain)
@@ -98,10 +103,8 @@ flash.defvjp(_forward, _backward)
 
 
 def _named(x: jax.Array, name: str) -> jax.Array:
-    """`[B, H, L, C]`, kept as `[B, L, H * C]`: by head, 64 channels would take the memory of 128."""
-    rows, heads, length, channels = x.shape
-    merged = jnp.swapaxes(x, 1, 2).reshape(rows, length, heads * channels)
-    return jnp.swapaxes(checkpoint_name(merged, name).reshape(rows, length, heads, channels), 1, 2)
+    """`[B, L, H, C]`, kept as `[B, L, H * C]`: split, 64 channels would take the memory of 128."""
+    return checkpoint_name(x.reshape(*x.shape[:2], -1), name).reshape(x.shape)
 
 
 # --- What is passed to the kernels ------------------------------------------------------------------------------------
@@ -110,6 +113,24 @@ def _named(x: jax.Array, name: str) -> jax.Array:
 def block_size(length: int) -> int:
     """How many tokens a block has, of sequences of this length."""
     return min(BLOCK, -(-length // LANES) * LANES)
+
+
+def abreast(heads: int, kv_heads: int, channels: int) -> int:
+    """N, how many heads lie side by side."""
+    fitting = LANES // channels
+    return fitting if LANES % channels == 0 and heads == kv_heads and heads % fitting == 0 else 1
+
+
+def _packed(x: jax.Array, side_by_side: int) -> jax.Array:
+    """`[B, L, H, C]` to `[B, H / N, L, N * C]`, L padded to whole blocks."""
+    rows, length, heads, channels = x.shape
+    packed = x.reshape(rows, length, heads // side_by_side, side_by_side * channels)
+    return _padded(jnp.swapaxes(packed, 1, 2), 2)
+
+
+def _unpacked(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse, to the shape of `like`."""
+    return jnp.swapaxes(x, 1, 2)[:, : like.shape[1]].reshape(like.shape)
 
 
 def _padded(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
@@ -158,7 +179,7 @@ def _call(kernel: Callable, name: str, grid: tuple, blocks: Blocks, inputs: list
     Args:
       kernel: the function of references.
       name: what it is called in a compiled program.
-      grid: (rows, heads, blocks, other blocks).
+      grid: (rows, heads side by side, blocks, other blocks).
       blocks: of that other side.
       inputs: (array, shape of a block, index of a block) each.
       outputs: (shape and type, shape of a block, index of a block) each.
@@ -207,9 +228,9 @@ def _indices(grid: tuple[int, int, int, int], group: int) -> tuple[Callable, ...
 
 def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Returns what is attended to, and the logarithm of the sum of each query's weights `[B, H, L]`."""
-    length = q.shape[2]
+    given, side = q, abreast(q.shape[2], k.shape[2], q.shape[3])
     blocks = _blocks(visible_blocks(q_meta, k_meta, rule))
-    q, k, v = (_padded(x, 2) for x in (q, k, v))
+    q, k, v = (_packed(x, side) for x in (q, k, v))
     q_meta, k_meta = map(_padded_meta, (q_meta, k_meta))
     (rows, heads, padded, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
     q_block, k_block, group = block_size(padded), block_size(keys), heads // kv_heads
@@ -217,10 +238,10 @@ def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[ja
     grid = rows, heads, padded // q_block, loops
 
     of_queries, of_sums, of_query_meta, of_keys, of_key_meta = _indices(grid, group)
-    per_query, per_key = (None, None, q_block, channels), (None, None, k_block, channels)
+    per_query, per_key, per_sum = _block_shapes(q, k, side)
     out, log_sum = _call(
-        functools.partial(_attend_kernel, grid[2], loops, rule),
-        f"forward_{rule.__name__}",
+        functools.partial(_attend_kernel, grid[2], loops, side, rule),
+        _name("forward", side, rule),
         grid,
         blocks,
         [
@@ -232,16 +253,27 @@ def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[ja
         ],
         [
             (jax.ShapeDtypeStruct(q.shape, q.dtype), per_query, of_queries),
-            (jax.ShapeDtypeStruct((rows, heads, 1, padded), jnp.float32), (None, None, 1, q_block), of_sums),
+            (jax.ShapeDtypeStruct((rows, heads * side, 1, padded), jnp.float32), per_sum, of_sums),
         ],
-        [(q_block, LANES), (q_block, LANES), (q_block, channels)],
+        [(side, q_block, LANES), (side, q_block, LANES), (q_block, channels)],
         (4 * rows * heads * padded * keys * channels, interpret),
     )
-    return out[:, :, :length], log_sum[:, :, 0, :length]
+    return _unpacked(out, given), log_sum[:, :, 0, : given.shape[1]]
+
+
+def _block_shapes(q: jax.Array, k: jax.Array, side: int) -> tuple[tuple, tuple, tuple]:
+    """Of queries, of keys, and of what there is one number of a query and head."""
+    q_block, k_block = block_size(q.shape[2]), block_size(k.shape[2])
+    return (None, None, q_block, q.shape[3]), (None, None, k_block, k.shape[3]), (None, side, 1, q_block)
+
+
+def _name(kind: str, side: int, rule: Rule) -> str:
+    """What a kernel is called; `planning` reads it."""
+    return f"{kind}_x{side}_{rule.__name__}"
 
 
 def _attend_kernel(
-    q_blocks, loops, rule, seen, _, q, k, v, q_meta, k_meta, out, log_sum, largest, total, values
+    q_blocks, loops, side, rule, seen, _, q, k, v, q_meta, k_meta, out, log_sum, largest, total, values
 ) -> None:
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     state = seen[(b * q_blocks + i) * loops + j]
@@ -253,23 +285,28 @@ def _attend_kernel(
         values[...] = jnp.zeros_like(values)
 
     def add(masked: bool) -> None:
-        scores = _scores(q, k, q_meta, k_meta, rule if masked else None)
-        before = largest[...]
-        after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights, kept = jnp.exp(scores - after[:, :1]), jnp.exp(before - after)
-        largest[...] = after
-        total[...] = kept * total[...] + weights.sum(axis=1, keepdims=True)
-        values[...] = kept[:, :1] * values[...] + _product(weights.astype(v.dtype), v[...], 1, 0)
+        hidden = _hidden(q_meta, k_meta, rule) if masked else None
+        for head in range(side):
+            scores = _scores(_only(q[...], head, side), k[...], hidden)
+            before = largest[head]
+            after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+            weights, kept = jnp.exp(scores - after[:, :1]), jnp.exp(before - after)
+            largest[head] = after
+            total[head] = kept * total[head] + weights.sum(axis=1, keepdims=True)
+            found = kept[:, :1] * values[...] + _product(weights.astype(v.dtype), v[...], 1, 0)
+            values[...] = _only(found, head, side, values[...])
 
     _where_seen(state, add)
 
     @pl.when(j == loops - 1)
     def _():
-        sums = jnp.where(total[...] == 0, 1.0, total[...])
-        out[...] = (values[...] / sums[:, :1]).astype(out.dtype)
-        # Where nothing is seen, the backward pass is to find weights of zero.
-        found = jnp.where(largest[...] > _MASKED, largest[...] + jnp.log(sums), -_MASKED)
-        log_sum[...] = found.T[:1]
+        for head in range(side):
+            sums = jnp.where(total[head] == 0, 1.0, total[head])
+            values[...] = _only(values[...] / sums[:, :1], head, side, values[...])
+            # Where nothing is seen, the backward pass is to find weights of zero.
+            found = jnp.where(largest[head] > _MASKED, largest[head] + jnp.log(sums), -_MASKED)
+            log_sum[head] = found.T[:1]
+        out[...] = values[...].astype(out.dtype)
 
 
 # --- Backward ---------------------------------------------------------------------------------------------------------
@@ -277,39 +314,43 @@ def _attend_kernel(
 
 def _differentiate(gradient, out, log_sum, q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple:
     """The gradients of q, k and v."""
-    length, keys_given = q.shape[2], k.shape[2]
+    given, side = (q, k, v), abreast(q.shape[2], k.shape[2], q.shape[3])
     seen = visible_blocks(q_meta, k_meta, rule)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    q, k, v, gradient = (_padded(x, 2) for x in (q, k, v, gradient))
-    log_sum, delta = (_padded(x, 2)[:, :, None] for x in (log_sum, delta))
+    q, k, v, gradient = (_packed(x, side) for x in (q, k, v, gradient))
+    log_sum, delta = (_padded(x, 2)[:, :, None] for x in (log_sum, jnp.swapaxes(delta, 1, 2)))
     q_rows, k_rows = (_rows(_padded_meta(meta)) for meta in (q_meta, k_meta))
-    given = q, k, v, gradient, log_sum, delta
-    dq = _query_gradient(given, q_rows, k_rows, _blocks(seen), rule, interpret)
-    dk, dv = _key_gradients(given, q_rows, k_rows, _blocks(jnp.swapaxes(seen, 1, 2)), rule, interpret)
-    return dq[:, :, :length], dk[:, :, :keys_given], dv[:, :, :keys_given]
+    read = q, k, v, gradient, log_sum, delta
+    dq = _query_gradient(read, q_rows, k_rows, _blocks(seen), rule, interpret)
+    dk, dv = _key_gradients(read, q_rows, k_rows, _blocks(jnp.swapaxes(seen, 1, 2)), rule, interpret)
+    return tuple(_unpacked(x, like) for x, like in zip((dq, dk, dv), given))
 
 
 def _differentiated(given: tuple, of_queries: Callable, of_sums: Callable, of_keys: Callable) -> list:
     """What both kernels below read beside metadata, as `_call` takes it."""
     q, k, *_ = given
-    q_block, k_block = block_size(q.shape[2]), block_size(k.shape[2])
-    per_query, per_key = (None, None, q_block, q.shape[3]), (None, None, k_block, q.shape[3])
-    per_sum = None, None, 1, q_block
+    per_query, per_key, per_sum = _block_shapes(q, k, _side(given))
     blocks = per_query, per_key, per_key, per_query, per_sum, per_sum
     return list(zip(given, blocks, (of_queries, of_keys, of_keys, of_queries, of_sums, of_sums), strict=True))
+
+
+def _side(given: tuple) -> int:
+    """N of what the kernels below read: of q there are packed heads, of sums there are all."""
+    q, *_, sums = given
+    return sums.shape[1] // q.shape[1]
 
 
 def _query_gradient(given, q_rows, k_rows, blocks, rule, interpret) -> jax.Array:
     q, k, *_ = given
     (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
-    q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
+    q_block, k_block, group, side = block_size(length), block_size(keys), heads // kv_heads, _side(given)
     loops = keys // k_block
     grid = rows, heads, length // q_block, loops
 
     of_queries, of_sums, of_query_meta, of_keys, of_key_meta = _indices(grid, group)
     (out,) = _call(
-        functools.partial(_query_gradient_kernel, grid[2], loops, rule),
-        f"queries_{rule.__name__}",
+        functools.partial(_query_gradient_kernel, grid[2], loops, side, rule),
+        _name("queries", side, rule),
         grid,
         blocks,
         [
@@ -325,7 +366,7 @@ def _query_gradient(given, q_rows, k_rows, blocks, rule, interpret) -> jax.Array
 
 
 def _query_gradient_kernel(
-    q_blocks, loops, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, out, total
+    q_blocks, loops, side, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, out, total
 ) -> None:
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     state = seen[(b * q_blocks + i) * loops + j]
@@ -335,10 +376,13 @@ def _query_gradient_kernel(
         total[...] = jnp.zeros_like(total)
 
     def add(masked: bool) -> None:
-        scores = _scores(q, k, q_meta, k_meta, rule if masked else None)
-        weights = jnp.exp(scores - log_sum[0][:, None])
-        of_scores = weights * (_product(gradient[...], v[...], 1, 1) - delta[0][:, None])
-        total[...] += _product(of_scores.astype(k.dtype), k[...], 1, 0)
+        hidden = _hidden(q_meta, k_meta, rule) if masked else None
+        for head in range(side):
+            scores = _scores(_only(q[...], head, side), k[...], hidden)
+            weights = jnp.exp(scores - log_sum[head, 0][:, None])
+            of_weights = _product(_only(gradient[...], head, side), v[...], 1, 1)
+            of_scores = weights * (of_weights - delta[head, 0][:, None])
+            total[...] += _only(_product(of_scores.astype(k.dtype), k[...], 1, 0), head, side)
 
     _where_seen(state, add)
 
@@ -351,7 +395,7 @@ def _key_gradients(given, q_rows, k_rows, blocks, rule, interpret) -> tuple:
     """Of a key/value head, the blocks of queries of its G heads follow each other."""
     q, k, v, *_ = given
     (rows, heads, length, channels), (kv_heads, keys) = q.shape, k.shape[1:3]
-    q_block, k_block, group = block_size(length), block_size(keys), heads // kv_heads
+    q_block, k_block, group, side = block_size(length), block_size(keys), heads // kv_heads, _side(given)
     each = length // q_block
     grid = rows, kv_heads, keys // k_block, group * each
 
@@ -368,8 +412,8 @@ def _key_gradients(given, q_rows, k_rows, blocks, rule, interpret) -> tuple:
         return b, h, j, 0
 
     return _call(
-        functools.partial(_key_gradients_kernel, grid[2], each, group, rule),
-        f"keys_{rule.__name__}",
+        functools.partial(_key_gradients_kernel, grid[2], each, group, side, rule),
+        _name("keys", side, rule),
         grid,
         blocks,
         [
@@ -384,7 +428,7 @@ def _key_gradients(given, q_rows, k_rows, blocks, rule, interpret) -> tuple:
 
 
 def _key_gradients_kernel(
-    k_blocks, each, group, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, dk, dv, of_keys, of_values
+    k_blocks, each, group, side, rule, seen, _, q, k, v, gradient, log_sum, delta, q_meta, k_meta, dk, dv, of_k, of_v
 ) -> None:
     """Scores are transposed here, `[keys, queries]`, so that what each query has lies along lanes."""
     b, j, t = pl.program_id(0), pl.program_id(2), pl.program_id(3)
@@ -392,24 +436,25 @@ def _key_gradients_kernel(
 
     @pl.when(t == 0)
     def _():
-        of_keys[...] = jnp.zeros_like(of_keys)
-        of_values[...] = jnp.zeros_like(of_values)
+        of_k[...] = jnp.zeros_like(of_k)
+        of_v[...] = jnp.zeros_like(of_v)
 
     def add(masked: bool) -> None:
-        scores = _product(k[...], q[...], 1, 1)
-        if masked:
-            scores = jnp.where(rule(_lanes(q_meta), _columns(k_meta)), scores, _MASKED)
-        weights = jnp.exp(scores - log_sum[...])
-        of_values[...] += _product(weights.astype(gradient.dtype), gradient[...], 1, 0)
-        of_scores = weights * (_product(v[...], gradient[...], 1, 1) - delta[...])
-        of_keys[...] += _product(of_scores.astype(q.dtype), q[...], 1, 0)
+        hidden = ~rule(_lanes(q_meta), _columns(k_meta)) if masked else None
+        for head in range(side):
+            # Queries and gradients of one head, so that of its neighbour nothing is added to keys and values.
+            queries, gradients = _only(q[...], head, side), _only(gradient[...], head, side)
+            weights = jnp.exp(_scores(k[...], queries, hidden) - log_sum[head])
+            of_v[...] += _product(weights.astype(gradient.dtype), gradients, 1, 0)
+            of_scores = weights * (_product(v[...], gradients, 1, 1) - delta[head])
+            of_k[...] += _product(of_scores.astype(q.dtype), queries, 1, 0)
 
     _where_seen(state, add)
 
     @pl.when(t == group * each - 1)
     def _():
-        dk[...] = of_keys[...].astype(dk.dtype)
-        dv[...] = of_values[...].astype(dv.dtype)
+        dk[...] = of_k[...].astype(dk.dtype)
+        dv[...] = of_v[...].astype(dv.dtype)
 
 
 # --- In the kernels ---------------------------------------------------------------------------------------------------
@@ -420,10 +465,23 @@ def _where_seen(state: jax.Array, add: Callable[[bool], None]) -> None:
     pl.when(state == _ALL)(lambda: add(False))
 
 
-def _scores(q: Any, k: Any, q_meta: Any, k_meta: Any, rule: Rule | None) -> jax.Array:
-    """`[queries, keys]`; without a rule everything is seen."""
-    scores = _product(q[...], k[...], 1, 1)
-    return jnp.where(rule(_columns(q_meta), _lanes(k_meta)), scores, _MASKED) if rule else scores
+def _only(x: jax.Array, head: int, side: int, others: jax.Array | float = 0) -> jax.Array:
+    """`[tokens, N * C]` with the channels of one head, and `others` in place of its neighbours'."""
+    if side == 1:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(lane // (x.shape[1] // side) == head, x, others).astype(x.dtype)
+
+
+def _hidden(q_meta: Any, k_meta: Any, rule: Rule) -> jax.Array:
+    """bool `[queries, keys]`."""
+    return ~rule(_columns(q_meta), _lanes(k_meta))
+
+
+def _scores(a: jax.Array, b: jax.Array, hidden: jax.Array | None) -> jax.Array:
+    """Products of all tokens with all others; without `hidden` everything is seen."""
+    scores = _product(a, b, 1, 1)
+    return scores if hidden is None else jnp.where(hidden, _MASKED, scores)
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

@@ -29,7 +29,7 @@ class _Kind:
 
 
 _KINDS = {"forward": _Kind(2, 0.65), "queries": _Kind(3, 1.0), "keys": _Kind(4, 1.0)}
-_NAME = re.compile(rf"{flash.NAME}_({'|'.join(_KINDS)})_(\w+?)(?:\.\d+)?$")
+_NAME = re.compile(rf"{flash.NAME}_({'|'.join(_KINDS)})_x(\d+)_(\w+?)(?:\.\d+)?$")
 _QUERY, _KEY = 2, 3  # operands, behind the two tables of blocks
 
 
@@ -44,13 +44,14 @@ class Kernels:
         found = _NAME.match(line.name)
         if not found:
             return None
-        kind, lines = _KINDS[found[1]], module.computations[computation]
+        kind, side, lines = _KINDS[found[1]], int(found[2]), module.computations[computation]
         (rows, heads, queries, channels), keys = (
             lines[line.operands[number]].arrays[0].dims for number in (_QUERY, _KEY)
         )
-        share = self.shares.get((found[2], queries, keys[2]), 1.0)
+        share = self.shares.get((found[3], queries, keys[2]), 1.0)
         flops = 2.0 * kind.products * rows * heads * queries * keys[2] * channels * share
-        return flops, kind.reached * channels / (flash.LANES * math.ceil(channels / flash.LANES))
+        alone = channels / side  # of a head; a product takes as long as one of all lanes
+        return flops, kind.reached * alone / (flash.LANES * math.ceil(alone / flash.LANES))
 
 
 def kernels(config: Config, row: Any) -> Kernels:

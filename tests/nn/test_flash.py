@@ -30,8 +30,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention_lib, "flash", functools.partial(flash.flash, interpret=True))
 
 
-def arrays(length: int, keys: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shapes = [(2, length, HEADS, CHANNELS), (2, keys, KV_HEADS, CHANNELS), (2, keys, KV_HEADS, CHANNELS)]
+def arrays(length: int, keys: int, dtype=jnp.float32, kv_heads=KV_HEADS) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shapes = [(2, length, HEADS, CHANNELS), (2, keys, kv_heads, CHANNELS), (2, keys, kv_heads, CHANNELS)]
     return tuple(jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes))
 
 
@@ -62,10 +62,12 @@ def test_other_keys_than_queries(length, keys):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_half_precision_is_as_near_to_float32_as_that_of_dense():
+@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
+def test_half_precision_is_as_near_to_float32_as_that_of_dense(kv_heads):
     meta = documents([33, 31])
-    exact = results("dense", arrays(64, 64), meta, meta, masks.causal)
-    half = [results(name, arrays(64, 64, jnp.bfloat16), meta, meta, masks.causal) for name in ("flash", "dense")]
+    exact = results("dense", arrays(64, 64, kv_heads=kv_heads), meta, meta, masks.causal)
+    given = arrays(64, 64, jnp.bfloat16, kv_heads), meta, meta, masks.causal
+    half = [results(name, *given) for name in ("flash", "dense")]
 
     def error(found) -> float:
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
@@ -87,8 +89,9 @@ def test_what_is_hidden_is_not_read():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_query_that_sees_nothing_is_finite_and_moves_nothing():
-    given = arrays(40, 40)
+@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
+def test_a_query_that_sees_nothing_is_finite_and_moves_nothing(kv_heads):
+    given = arrays(40, 40, kv_heads=kv_heads)
     nothing, something = (masks.plain_meta(jnp.full((2, 40), valid)) for valid in (False, True))
     out, gradients = results("flash", given, something, nothing, masks.same_document)
     chex.assert_tree_all_finite(out)
@@ -117,9 +120,14 @@ def sharded() -> None:
     flash.LANES = flash.BLOCK = attention_lib.BLOCK = BLOCK
     attention_lib.flash = functools.partial(flash.flash, interpret=True)
     meta = documents([30, 34])
-    given = arrays(64, 64), meta, meta, masks.causal
-    expected = results("dense", *given)
-    for sizes in ((2, 1, 2, 2), (1, 2, 4, 1), (8, 1, 1, 1)):
+    for sizes, kv_heads in (
+        ((2, 1, 2, 2), KV_HEADS),
+        ((1, 2, 4, 1), HEADS),
+        ((2, 1, 2, 2), HEADS),
+        ((8, 1, 1, 1), HEADS),
+    ):
+        given = arrays(64, 64, kv_heads=kv_heads), meta, meta, masks.causal
+        expected = results("dense", *given)
         with jax.set_mesh(sharding.make_mesh(config.Mesh(*sizes))):
             found = results("flash", *given)
         chex.assert_trees_all_close(found, expected, atol=3e-6, rtol=1e-6)
@@ -144,7 +152,7 @@ def test_what_remat_keeps_is_not_computed_again(remat, forward, inputs):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
         traced = jax.jit(jax.value_and_grad(lambda q: layer(q).sum())).trace(q)
         program = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert [calls(program, f"flash_{kind}_causal") for kind in ("forward", "queries", "keys")] == [forward, 1, 1]
+    assert [calls(program, f"flash_{kind}_x1_causal") for kind in ("forward", "queries", "keys")] == [forward, 1, 1]
     assert program.count("stablehlo.cosine") == inputs
 
 

@@ -29,6 +29,14 @@ def test_a_kernel_takes_what_it_computes(share):
     assert found.kernels == {"another_kernel": 1}
 
 
+def test_heads_side_by_side_take_as_long_as_alone():
+    paired = (
+        TEXT.replace("_x1_", "_x2_").replace("[1,24,4096,64]", "[1,12,4096,128]").replace("12,2048,64", "12,2048,128")
+    )
+    alone, together = (predict(hlo.parse(text), {"data": 1}, LINKS) for text in (TEXT, paired))
+    assert (together.flops, together.seconds) == (alone.flops, alone.seconds)
+
+
 @pytest.mark.parametrize(
     ("path", "part"),
     [
@@ -39,7 +47,7 @@ def test_a_kernel_takes_what_it_computes(share):
     ],
 )
 def test_time_goes_to_the_part_of_the_model_that_takes_it(path, part):
-    text = TEXT.replace("jit(step)/jvp(MMCORE.velocity)/dit/dit._run/while/body/flash_forward_block_causal", path)
+    text = TEXT.replace("jit(step)/jvp(MMCORE.velocity)/dit/dit._run/while/body/flash_forward_x1_block_causal", path)
     assert set(predict(hlo.parse(text), {"data": 1}, LINKS).parts) == {part}
 
 
