@@ -79,7 +79,7 @@ def test_a_search_leaves_out_what_cannot_fit(enter, monkeypatch) -> None:
     assert code == 0
     assert sum(fsdp == 256 for fsdp, *_ in tried) == 1
     assert "left replicated" in printed
-    expected = [("full", 1), ("full", 2), ("attention", 1), ("dots", 1), ("none", 1)]
+    expected = [("full", 1), ("full", 2), ("attention", 1), ("qkv", 1), ("dots", 1), ("none", 1)]
     assert [case[2:] for case in tried if case[:2] == (64, 1)] == expected
     lines = printed.splitlines()
     assert "too much" not in lines[1]
