@@ -4,7 +4,8 @@
     python -m mmcore_jax.ablate --workdir=runs/ablation --variants=frozen_2,lora --stage1.total_steps=600
 
 Called again, it continues where it stopped: what is finished is known again, what was training goes on. The report,
-`report.md` and its plots in the workdir, is written at the end of each call from whatever is there.
+`report.md` and its plots in the workdir, is written at the end of each call from whatever is there, and `results.json`
+beside it: with `--also`, a report takes in what other machines have run.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {arguments.workdir}: {error.strerror}.") from error
     left = jobs_lib.run(jobs, arguments.workdir, doors(arguments.data, arguments.cases), arguments.minutes)
-    path = report.write(arguments.workdir, report.Results(family, comparisons, arguments.seeds))
+    results = report.Results(arguments.workdir, family, comparisons, arguments.seeds, arguments.also)
+    path = report.write(arguments.workdir, results)
     print(f"\n{path}: {len(jobs) - len(left)} of {len(jobs)} runs are in it.")
     for job in left:
         print(f"left: {job.name}")
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablation", help="default: %(default)s")
     parser.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1,...", help="default: 0; directions need two")
+    parser.add_argument(
+        "--also", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="results.json of other machines"
+    )
     parser.add_argument("--minutes", type=float, help="trains no longer than this in this call; default: to the end")
     parser.add_argument(
         "--variants",

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -36,6 +37,12 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.workdir.parent.name}/{self.workdir.name}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the settings, wherever the runs lie that it begins from, which have fingerprints of their own."""
+        settings = json.dumps(dataclasses.asdict(_comparable(self.config)) | {"init": sorted(self.config.init)})
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
     def is_trained(self) -> bool:
@@ -97,14 +104,14 @@ def check(jobs: Sequence[Job]) -> None:
 
 def _different(there: Config, ours: Config) -> str | None:
     """The first part of two configs that differs, apart from how batches are prepared."""
-
-    def comparable(config: Config) -> dict:
-        data = dataclasses.replace(config.data, index="", workers=0, threads=1)
-        init = {part: source if source == "random" else os.path.abspath(source) for part, source in config.init.items()}
-        return vars(config) | {"data": data, "init": init}
-
-    ours, there = comparable(ours), comparable(there)
+    ours, there = vars(_comparable(ours)), vars(_comparable(there))
     return next((name for name in ours if there[name] != ours[name]), None)
+
+
+def _comparable(config: Config) -> Config:
+    data = dataclasses.replace(config.data, index="", workers=0, threads=1)
+    init = {part: source if source == "random" else os.path.abspath(source) for part, source in config.init.items()}
+    return dataclasses.replace(config, data=data, init=init)
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------

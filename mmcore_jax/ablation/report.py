@@ -1,7 +1,12 @@
-"""What came out: `report.md` and plots, from the logs and the scores of the runs alone."""
+"""What came out: `report.md` and plots, from the logs and the scores of the runs alone.
 
+What the report needs of them is also in `results.json`, which a report on another machine can take in.
+"""
+
+import dataclasses
 import json
 import pathlib
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,10 +14,11 @@ import numpy as np
 
 from mmcore_jax.ablation.jobs import Family, Job, seconds
 from mmcore_jax.ablation.statistics import Interval, intervals, verdict
-from mmcore_jax.ablation.table import STAGES, VARIANTS, Comparison, Metric
+from mmcore_jax.ablation.table import COMPARISONS, STAGES, VARIANTS, Comparison, Metric
 from mmcore_jax.config import UserError
 from mmcore_jax.training.telemetry import read_metrics
 
+RESULTS_FILE = "results.json"
 _DROPPED = {"both": "nothing", "visual": "text", "text": "visual"}  # by what a variant draws by
 _HOW_TO_READ = """\
 A difference is (first - second) on the same seeds. Intervals are of 95%; the spread of seeds is taken to be the same in
@@ -23,22 +29,66 @@ million parameters on 32-pixel drawings: what they say of the paper's is a direc
 Values = dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run: `values` at its end, and over its steps the `curves` of its gauges, (step, value) each."""
+
+    fingerprint: str
+    seconds: float
+    values: Values
+    curves: dict[str, list[tuple[int, float]]]
+
+
 class Results:
     """What is known of finished runs, by comparison."""
 
-    def __init__(self, family: Family, comparisons: Sequence[Comparison], seeds: Sequence[int]) -> None:
-        self.comparisons, self.seeds, self._family = comparisons, seeds, family
-        self.jobs = family.jobs(comparisons, seeds)
-        self._values = {job.workdir: read_values(job.workdir) for job in self.jobs if job.is_done}
+    def __init__(
+        self,
+        root: pathlib.Path,
+        family: Family,
+        comparisons: Sequence[Comparison],
+        seeds: Sequence[int],
+        also: Sequence[pathlib.Path] = (),
+    ) -> None:
+        """Reads the runs of `seeds`, and those in the `results.json` of other machines, whose seeds come in addition.
 
-    def job(self, variant: str, stage: str, seed: int) -> Job | None:
-        """The run of a variant, if it is done."""
-        job = self._family.job(variant, stage, seed)
-        return job if job.workdir in self._values else None
+        Raises:
+          UserError: for a file of other machines that cannot be read, or is of runs with other settings.
+        """
+        taken, others = seconds(root), _read_all(also)
+        self.comparisons, self._family = comparisons, family
+        self.seeds = sorted({*seeds, *(int(re.match(r"seed(\d+)/", name)[1]) for name in others)})
+        self.jobs = family.jobs(comparisons, self.seeds)
+        self._records = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
+        for job in self.jobs:
+            if job.name in others and job.name not in self._records:
+                file, record = others[job.name]
+                if record.fingerprint != job.fingerprint:
+                    raise UserError(f"{file}: {job.name} was made with other settings than are asked for now.")
+                self._records[job.name] = record
+
+    @property
+    def left(self) -> list[str]:
+        """The names of runs that are not done."""
+        return [job.name for job in self.jobs if job.name not in self._records]
+
+    @property
+    def minutes(self) -> float:
+        """Of training and evaluation."""
+        return sum(record.seconds for record in self._records.values()) / 60
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes all that is known."""
+        known = {name: dataclasses.asdict(record) for name, record in self._records.items()}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+    def record(self, variant: str, stage: str, seed: int) -> Record | None:
+        """Of the run that serves a variant, if it is done."""
+        return self._records.get(self._family.job(variant, stage, seed).name)
 
     def value(self, variant: str, stage: str, seed: int, metric: Metric) -> float | None:
-        job = self.job(variant, stage, seed)
-        return None if job is None else self._values[job.workdir].get(key_of(metric, variant))
+        record = self.record(variant, stage, seed)
+        return record and record.values.get(key_of(metric, variant))
 
     def of_runs(self, metric: Metric) -> dict[str, Interval]:
         """`stage-variant` -> mean over the seeds."""
@@ -59,18 +109,34 @@ class Results:
         return intervals(rows)
 
 
-def read_values(workdir: pathlib.Path) -> Values:
-    """The last gauges of a run, losses by timestep also averaged, and its scores."""
-    values: Values = {}
-    for record in read_metrics(workdir):
-        values |= gauge_values(record)
-    path = workdir / "evaluation/scores.json"
+def _read_all(files: Sequence[pathlib.Path]) -> dict[str, tuple[pathlib.Path, Record]]:
+    """Name of a run -> the file that it is in, and its record."""
+    found = {}
+    for file in files:
+        try:
+            found |= {name: (file, Record(**record)) for name, record in json.loads(file.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--also {file} is not the results.json of an ablation ({error}).") from error
+    return found
+
+
+def read_record(job: Job, seconds: float) -> Record:
+    """The gauges of a run, losses by timestep averaged, and its scores: those that comparisons ask for."""
+    metrics = [metric for one in COMPARISONS for metric in (*one.metrics, one.curve)]
+    asked = {key_of(metric, variant) for metric in metrics for variant in VARIANTS}
+    curves = defaultdict(list)
+    for record in read_metrics(job.workdir):
+        for key, value in gauge_values(record).items():
+            if key in asked:
+                curves[key].append((record["step"], value))
+    values = {key: points[-1][1] for key, points in curves.items()}
+    path = job.workdir / "evaluation/scores.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     for suite, sets in known.items():
         if suite != "settings":
-            for name, metrics in sets.items():
-                values |= {f"{suite}/{name}/{key}": score["value"] for key, score in metrics.items()}
-    return values
+            for name, scores in sets.items():
+                values |= {f"{suite}/{name}/{key}": score["value"] for key, score in scores.items()}
+    return Record(job.fingerprint, seconds, {key: values[key] for key in sorted(asked & values.keys())}, dict(curves))
 
 
 def gauge_values(record: Values) -> Values:
@@ -102,7 +168,8 @@ def write(root: pathlib.Path, results: Results) -> pathlib.Path:
         questions[one.question].append(one)
     path = root / "report.md"
     try:
-        lines = [*_head(root, results), *_summary(results)]
+        results.save(root / RESULTS_FILE)
+        lines = [*_head(results), *_summary(results)]
         if _plot_differences(root / "differences.png", results):
             lines += ["", "![differences](differences.png)"]
         for question, ones in questions.items():
@@ -113,17 +180,16 @@ def write(root: pathlib.Path, results: Results) -> pathlib.Path:
     return path
 
 
-def _head(root: pathlib.Path, results: Results) -> list[str]:
-    minutes = sum(seconds(root).values()) / 60
+def _head(results: Results) -> list[str]:
     sizes = {job.stage: f"{job.stage} {job.config.total_steps} x {job.config.batch_size}" for job in results.jobs}
     lines = [
         "# Ablations",
         "",
-        f"Seeds {', '.join(map(str, results.seeds))}; {minutes:.0f} minutes of training and evaluation. "
+        f"Seeds {', '.join(map(str, results.seeds))}; {results.minutes:.0f} minutes of training and evaluation. "
         f"Steps x batch: {', '.join(sizes[stage] for stage in STAGES if stage in sizes)}.",
     ]
-    if left := [job.name for job in results.jobs if not job.is_done]:
-        lines += ["", f"Not done yet: {', '.join(left)}."]
+    if results.left:
+        lines += ["", f"Not done yet: {', '.join(results.left)}."]
     return lines
 
 
@@ -152,7 +218,7 @@ def _section(root: pathlib.Path, results: Results, question: str, ones: list[Com
     """A question: its curves, every measure of every run, and every difference."""
     metrics = list(dict.fromkeys(metric for one in ones for metric in one.metrics))
     runs = list(dict.fromkeys(f"{one.stage}-{side}" for one in ones for side in one.sides[::-1]))
-    if not any(results.job(side, one.stage, seed) for one in ones for side in one.sides for seed in results.seeds):
+    if not any(results.record(side, one.stage, seed) for one in ones for side in one.sides for seed in results.seeds):
         return []
     means, differences = ({m: find(m) for m in metrics} for find in (results.of_runs, results.differences))
     head = [f"{metric.label} ({_arrow(metric)})" for metric in metrics]
@@ -207,9 +273,8 @@ def _plot_curves(path: pathlib.Path, results: Results, ones: list[Comparison]) -
     curve = ones[0].curve
     sides = dict.fromkeys((one.stage, side) for one in ones for side in one.sides[::-1])
     for number, (stage, variant) in enumerate(sides):
-        jobs = [job for seed in results.seeds if (job := results.job(variant, stage, seed))]
-        curves = [_curve(job.workdir, key_of(curve, variant)) for job in jobs]
-        curves = [(steps, values) for steps, values in curves if steps]
+        records = filter(None, (results.record(variant, stage, seed) for seed in results.seeds))
+        curves = [tuple(zip(*points)) for one in records if (points := one.curves.get(key_of(curve, variant)))]
         for steps, values in curves:
             axes.plot(steps, values, color=f"C{number}", alpha=0.3, linewidth=0.8)
         if curves:
@@ -224,12 +289,6 @@ def _plot_curves(path: pathlib.Path, results: Results, ones: list[Comparison]) -
     axes.legend(title="variant (seeds)")
     figure.savefig(path, dpi=120)
     return True
-
-
-def _curve(workdir: pathlib.Path, key: str) -> tuple[list[int], list[float]]:
-    points = [(record["step"], gauge_values(record).get(key)) for record in read_metrics(workdir)]
-    points = [(step, value) for step, value in points if value is not None]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _plot_differences(path: pathlib.Path, results: Results) -> bool:

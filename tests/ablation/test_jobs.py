@@ -105,8 +105,8 @@ def test_other_settings_are_another_ablation(tmp_path):
 # --- Report -----------------------------------------------------------------------------------------------------------
 
 
-def write(root, seeds):
-    return report.write(root, report.Results(plan(root, seeds)[0], choose(COMPARED), seeds)).read_text()
+def write(root, seeds, also=()):
+    return report.write(root, report.Results(root, plan(root, seeds)[0], choose(COMPARED), seeds, also)).read_text()
 
 
 def test_report(tmp_path):
@@ -138,6 +138,33 @@ def test_a_report_of_a_part(tmp_path):
     assert "| -4.000 | 1 | better (section 4.3) | not resolved |" in text
     assert "inf" not in text
     assert IN_FAMILY.label in text
+
+
+def test_seeds_of_two_machines_are_one_report(tmp_path):
+    """But for the plots, which are no text."""
+    here, there, both = (tmp_path / name for name in ("here", "there", "both"))
+    for root, seeds in ((here, [0]), (there, [1]), (both, [0, 1])):
+        root.mkdir()
+        jobs_lib.run(plan(root, seeds)[1], root, Fakes().doors, None)
+        write(root, seeds)
+    merged = write(here, [0], [there / report.RESULTS_FILE])
+    assert merged == (both / "report.md").read_text()
+    assert json.loads((here / report.RESULTS_FILE).read_text()).keys() == {
+        f"seed{seed}/{name}" for seed in (0, 1) for name in NAMES
+    }
+
+
+def test_results_with_other_settings_are_refused(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for root, overrides in ((here, {}), (there, {"stage1": ["--config.total_steps=5"]})):
+        root.mkdir()
+        family, jobs = plan(root, [1], overrides)
+        jobs_lib.run(jobs, root, Fakes().doors, None)
+        report.write(root, report.Results(root, family, choose(COMPARED), [1]))
+    with pytest.raises(UserError, match=r"results.json: seed1/stage1-frozen_2 was made with other settings"):
+        write(tmp_path, [0], [there / report.RESULTS_FILE])
+    with pytest.raises(UserError, match=r"--also .*report.md is not the results.json of an ablation"):
+        write(tmp_path, [0], [there / "report.md"])
 
 
 def test_losses_by_timestep_are_averaged():
