@@ -57,7 +57,7 @@ class Results:
         """
         taken, others = seconds(root), _read_all(also)
         self.comparisons, self._family = comparisons, family
-        self.seeds = sorted({*seeds, *(int(re.match(r"seed(\d+)/", name)[1]) for name in others)})
+        self.seeds = sorted({*seeds, *map(_seed, others)})
         self.jobs = family.jobs(comparisons, self.seeds)
         self._records = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
         for job in self.jobs:
@@ -114,10 +114,16 @@ def _read_all(files: Sequence[pathlib.Path]) -> dict[str, tuple[pathlib.Path, Re
     found = {}
     for file in files:
         try:
-            found |= {name: (file, Record(**record)) for name, record in json.loads(file.read_text()).items()}
+            known = json.loads(file.read_text())
+            found |= {name: (file, Record(**record)) for name, record in known.items() if _seed(name) >= 0}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"--also {file} is not the results.json of an ablation ({error}).") from error
     return found
+
+
+def _seed(name: str) -> int:
+    """That of a run such as "seed0/stage1-lora"; `ValueError` for another name."""
+    return int(name.partition("/")[0].removeprefix("seed"))
 
 
 def read_record(job: Job, seconds: float) -> Record:

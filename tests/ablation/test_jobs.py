@@ -163,8 +163,10 @@ def test_results_with_other_settings_are_refused(tmp_path):
         report.write(root, report.Results(root, family, choose(COMPARED), [1]))
     with pytest.raises(UserError, match=r"results.json: seed1/stage1-frozen_2 was made with other settings"):
         write(tmp_path, [0], [there / report.RESULTS_FILE])
-    with pytest.raises(UserError, match=r"--also .*report.md is not the results.json of an ablation"):
-        write(tmp_path, [0], [there / "report.md"])
+    (there / "another.json").write_text('{"settings": {}}')
+    for name in ("report.md", "another.json"):
+        with pytest.raises(UserError, match=rf"--also .*{name} is not the results.json of an ablation"):
+            write(tmp_path, [0], [there / name])
 
 
 def test_losses_by_timestep_are_averaged():
