@@ -6,7 +6,6 @@ What the report needs of them is also in `results.json`, which a report on anoth
 import dataclasses
 import json
 import pathlib
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
