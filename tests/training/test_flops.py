@@ -21,6 +21,7 @@ from mmcore_jax.data import features, geometry, layout, packing
 from mmcore_jax.data.example import image, text
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.models import mmdit, qwen_vl
+from mmcore_jax.nn import rotary
 from mmcore_jax.nn.masks import PAD, TokenMeta
 from mmcore_jax.training import flops
 from mmcore_jax.training.optimizer import assign
@@ -145,8 +146,9 @@ def counted(lowered):
 
 @pytest.fixture
 def every_pair(monkeypatch):
-    """Counts hidden pairs as well, as dense attention computes them."""
+    """Counts hidden pairs as well, as dense attention computes them, but not the product by which rotary turns."""
     monkeypatch.setattr(flops, "attention_pairs", lambda q, k, rule: q.kind.size * k.kind.shape[1])
+    monkeypatch.setattr(rotary, "rotate", lambda x, cos, sin: x * cos[:, :, None] + x * sin[:, :, None])
 
 
 # --- Against the compiler ---------------------------------------------------------------------------------------------
