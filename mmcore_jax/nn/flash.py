@@ -223,6 +223,17 @@ def _indices(grid: tuple[int, int, int, int], group: int) -> tuple[Callable, ...
     )
 
 
+def _block_shapes(q: jax.Array, k: jax.Array, side: int) -> tuple[tuple, tuple, tuple]:
+    """Of queries, of keys, and of what there is one number of a query and head."""
+    q_block, k_block = block_size(q.shape[2]), block_size(k.shape[2])
+    return (None, None, q_block, q.shape[3]), (None, None, k_block, k.shape[3]), (None, side, 1, q_block)
+
+
+def _name(kind: str, side: int, rule: Rule) -> str:
+    """What a kernel is called; `planning` reads it."""
+    return f"{kind}_x{side}_{rule.__name__}"
+
+
 # --- Forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,17 +270,6 @@ def _attend(q, k, v, q_meta, k_meta, *, rule: Rule, interpret: bool) -> tuple[ja
         (4 * rows * heads * padded * keys * channels, interpret),
     )
     return _unpacked(out, given), log_sum[:, :, 0, : given.shape[1]]
-
-
-def _block_shapes(q: jax.Array, k: jax.Array, side: int) -> tuple[tuple, tuple, tuple]:
-    """Of queries, of keys, and of what there is one number of a query and head."""
-    q_block, k_block = block_size(q.shape[2]), block_size(k.shape[2])
-    return (None, None, q_block, q.shape[3]), (None, None, k_block, k.shape[3]), (None, side, 1, q_block)
-
-
-def _name(kind: str, side: int, rule: Rule) -> str:
-    """What a kernel is called; `planning` reads it."""
-    return f"{kind}_x{side}_{rule.__name__}"
 
 
 def _attend_kernel(
