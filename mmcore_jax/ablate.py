@@ -31,16 +31,17 @@ def main(argv: Sequence[str]) -> None:
     family = Family(arguments.config, arguments.workdir, overrides)
     jobs = family.jobs(comparisons, arguments.seeds)
     jobs_lib.check(jobs)
+    others = report.read_others(arguments.also, family, comparisons)
     try:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {arguments.workdir}: {error.strerror}.") from error
-    left = jobs_lib.run(jobs, arguments.workdir, doors(arguments.data, arguments.cases), arguments.minutes)
-    results = report.Results(arguments.workdir, family, comparisons, arguments.seeds, arguments.also)
+    jobs_lib.run(jobs, arguments.workdir, doors(arguments.data, arguments.cases), arguments.minutes)
+    results = report.Results(arguments.workdir, family, comparisons, arguments.seeds, others)
     path = report.write(arguments.workdir, results)
-    print(f"\n{path}: {len(jobs) - len(left)} of {len(jobs)} runs are in it.")
-    for job in left:
-        print(f"left: {job.name}")
+    print(f"\n{path}: {len(results.jobs) - len(results.left)} of {len(results.jobs)} runs are in it.")
+    for name in results.left:
+        print(f"left: {name}")
 
 
 def doors(data: str, cases: int) -> Doors:

@@ -47,24 +47,15 @@ class Results:
         family: Family,
         comparisons: Sequence[Comparison],
         seeds: Sequence[int],
-        also: Sequence[pathlib.Path] = (),
+        others: dict[str, Record],
     ) -> None:
-        """Reads the runs of `seeds`, and those in the `results.json` of other machines, whose seeds come in addition.
-
-        Raises:
-          UserError: for a file of other machines that cannot be read, or is of runs with other settings.
-        """
-        taken, others = seconds(root), _read_all(also)
+        """Reads the runs of `seeds`; those of other machines (`read_others`) come in addition."""
+        taken = seconds(root)
         self.comparisons, self._family = comparisons, family
         self.seeds = sorted({*seeds, *map(_seed, others)})
         self.jobs = family.jobs(comparisons, self.seeds)
-        self._records = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
-        for job in self.jobs:
-            if job.name in others and job.name not in self._records:
-                file, record = others[job.name]
-                if record.fingerprint != job.fingerprint:
-                    raise UserError(f"{file}: {job.name} was made with other settings than are asked for now.")
-                self._records[job.name] = record
+        own = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
+        self._records = {job.name: others[job.name] for job in self.jobs if job.name in others} | own
 
     @property
     def left(self) -> list[str]:
@@ -108,15 +99,23 @@ class Results:
         return intervals(rows)
 
 
-def _read_all(files: Sequence[pathlib.Path]) -> dict[str, tuple[pathlib.Path, Record]]:
-    """Name of a run -> the file that it is in, and its record."""
-    found = {}
+def read_others(files: Sequence[pathlib.Path], family: Family, comparisons: Sequence[Comparison]) -> dict[str, Record]:
+    """The runs in the `results.json` of other machines, by name.
+
+    Raises:
+      UserError: for a file that cannot be read, or is of runs with other settings.
+    """
+    found: dict[str, Record] = {}
     for file in files:
         try:
-            known = json.loads(file.read_text())
-            found |= {name: (file, Record(**record)) for name, record in known.items() if _seed(name) >= 0}
+            known = {name: Record(**record) for name, record in json.loads(file.read_text()).items()}
+            seeds = {_seed(name) for name in known}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"--also {file} is not the results.json of an ablation ({error}).") from error
+        for job in family.jobs(comparisons, sorted(seeds)):
+            if job.name in known and known[job.name].fingerprint != job.fingerprint:
+                raise UserError(f"{file}: {job.name} was made with other settings than are asked for now.")
+        found |= known
     return found
 
 

@@ -106,7 +106,9 @@ def test_other_settings_are_another_ablation(tmp_path):
 
 
 def write(root, seeds, also=()):
-    return report.write(root, report.Results(root, plan(root, seeds)[0], choose(COMPARED), seeds, also)).read_text()
+    family, comparisons = plan(root, seeds)[0], choose(COMPARED)
+    others = report.read_others(also, family, comparisons)
+    return report.write(root, report.Results(root, family, comparisons, seeds, others)).read_text()
 
 
 def test_report(tmp_path):
@@ -160,7 +162,7 @@ def test_results_with_other_settings_are_refused(tmp_path):
         root.mkdir()
         family, jobs = plan(root, [1], overrides)
         jobs_lib.run(jobs, root, Fakes().doors, None)
-        report.write(root, report.Results(root, family, choose(COMPARED), [1]))
+        report.write(root, report.Results(root, family, choose(COMPARED), [1], {}))
     with pytest.raises(UserError, match=r"results.json: seed1/stage1-frozen_2 was made with other settings"):
         write(tmp_path, [0], [there / report.RESULTS_FILE])
     (there / "another.json").write_text('{"settings": {}}')
