@@ -114,6 +114,17 @@ def lengthen(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def documents(config: ConfigDict) -> ConfigDict:
+    """Rows with room for a document of three images, of which two are generated, and what tells its images apart."""
+    config.recipe = "openmoji_documents"
+    config.data.budgets.update(vlm_tokens=112, vision_patches=192, images=4)
+    if config.model.dit:
+        config.data.budgets.latent_tokens = 256
+        config.model.frames = dict(count=3)
+        config.init.frames = "random"
+    return config
+
+
 def mesh() -> ConfigDict:
     """All devices along the data axis."""
     return ConfigDict(dict(data=-1, fsdp=1, context=1, tensor=1))

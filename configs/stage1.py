@@ -88,7 +88,9 @@ def _openmoji_long() -> ConfigDict:
     config.update(total_steps=4000)
     config.init.vision_target = "runs/stage0-openmoji_long"
     sources = dict(text_to_image=3.0, edit_tone=2.0, edit_gender=1.0, edit_colour=0.7, compose=0.3, caption=0.5)
-    sources |= dict(sequence=0.3, sequence_tone=1.0, text_to_image_recolour=0.5, edit_recolour=0.7)
+    sources |= dict(
+        sequence_clock=0.5, sequence_moon=0.1, sequence_tone=1.0, text_to_image_recolour=0.5, edit_recolour=0.7
+    )
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.optimizer.warmup_steps = 200
     config.checkpoint.every = 250

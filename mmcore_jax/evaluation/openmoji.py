@@ -27,7 +27,7 @@ CANDIDATES = 100
 FLOW_EXAMPLES = 32
 PATHWAYS = ("both", "text", "visual")
 # Kinds of edits; those that a run has not trained on are left out.
-SINGLE, MULTIPLE = ("edit_tone", "edit_gender", "edit_colour"), ("compose", *openmoji.SEQUENCES)
+SINGLE, MULTIPLE = ("edit_tone", "edit_gender", "edit_colour"), ("compose", "compose_parts", *openmoji.SEQUENCES)
 VISIBLE = 8  # of 255: a pixel has changed where a channel differs by more
 
 Draw = Callable[[Sequence[Example], str], np.ndarray]  # (requests, pathways) -> uint8 [n, S, S, 3]

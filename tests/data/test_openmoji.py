@@ -13,10 +13,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
+from mmcore_jax import config as config_lib
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as examples_lib
 from mmcore_jax.data import openmoji, text
+from mmcore_jax.data import openmoji_pictures as pictures
 from mmcore_jax.data import openmoji_words as words
+from mmcore_jax.data.reader import Reader
+from tests import tiny
 
 SIZE = 16
 MAX_TOKENS = 16
@@ -37,7 +41,8 @@ def drawings():
 @pytest.fixture(scope="session")
 def items(drawings):
     """Every (task, split, example), with the hexcode in the place of the image."""
-    families, core = openmoji.list_families(drawings), {"1F34E", "2764"}
+    core = {"1F34E", "2764", "1F408", "1F534", "1F426"}  # an apple, a heart, a cat; held out a circle, a bird
+    families = [*openmoji.list_families(drawings), *openmoji.list_compositions(drawings, core)]
     return list(openmoji.list_examples(drawings, families, core, _stand_ins(drawings, families)))
 
 
@@ -86,25 +91,45 @@ def test_a_split_by_image_is_caught(drawings, monkeypatch):
 
 def test_held_out_edits_start_from_held_out_concepts(items):
     for task, split, example in items:
-        if split == "held_out" and task.startswith("edit"):
-            assert {openmoji.split_of(openmoji.base_concept(hexcode)) for hexcode in _images(example)} == {"held_out"}
+        if split == "held_out" and task.startswith(("edit", "compose_parts")):
+            given = _images(example)[:-1]
+            assert {openmoji.split_of(openmoji.base_concept(hexcode)) for hexcode in given} == {"held_out"}
 
 
-def test_sequences_go_on_one_step_at_a_time(items):
-    """Around the clock and the month; with a face or a phase that is held out, the whole document is."""
-    clock, moon = (openmoji._SEQUENCES[name] for name in ("clock", "moon"))
-    found = defaultdict(list)
-    for task, split, example in items:
-        if task == "sequence":
-            found[example["id"].split("/")[1]].append((split, _images(example)))
-            held_out = any(openmoji.split_of(hexcode) == "held_out" for hexcode in _images(example))
+def test_sequences_go_on_by_equal_steps(items):
+    """Around the clock and the month, both ways; with a face or a phase that is held out, the whole document is."""
+    for task, order, steps in (
+        ("sequence_clock", openmoji._CLOCK, words.STEPS["clock"]),
+        ("sequence_moon", openmoji._MOON, words.STEPS["moon"]),
+    ):
+        splits, found = set(), defaultdict(set)
+        for _, split, example in (item for item in items if item[0] == task):
+            hexcodes, texts = _images(example), _texts([(task, split, example)])
+            held_out = any(openmoji.split_of(openmoji.base_concept(hexcode)) == "held_out" for hexcode in hexcodes)
             assert split == ("held_out" if held_out else "train")
-    for name, order in (("clock", clock), ("moon", moon)):
-        assert len(found[name]) == 2 * len(order)
-        for _, hexcodes in found[name]:
-            places = [order.index(hexcode) for hexcode in hexcodes]
-            assert [(place - places[0]) % len(order) for place in places] == [0, 1, 2]
-        assert {split for split, _ in found[name]} == {"train", "held_out"}
+            splits.add(split)
+            first, second, third = (order.index(hexcode) for hexcode in hexcodes)
+            step = (second - first) % len(order)
+            assert step == (third - second) % len(order)
+            if texts[0].startswith("next, "):
+                assert texts[0] != texts[1]
+            else:
+                assert texts == [next(text for n, text in steps.items() if n % len(order) == step)] * 2
+                found[step].add(first)
+        assert splits == {"train", "held_out"}
+        assert {step: len(starts) for step, starts in found.items()} == {n % len(order): len(order) for n in steps}
+
+
+def test_the_longer_hand_of_a_clock_turns():
+    """Between the hour and half past, which OpenMoji draws; twelve o'clock hides it behind the shorter one."""
+    for hour in ("1F550", "1F553", "1F55B"):
+        faces = [np.asarray(pictures.rasterise(f"{hour}~{minutes:02}", 72), int) for minutes in (0, 15, 30, 45)]
+        half_past = np.asarray(pictures.rasterise(f"{int(hour, 16) + 12:X}", 72), int)
+        assert np.abs(faces[0] - np.asarray(pictures.rasterise(hour, 72), int)).mean() < 1
+        if hour != "1F55B":  # whose half past, alone, has the shorter hand beyond the hour
+            assert np.abs(faces[2] - half_past).mean() < 1
+        assert faces[1][36, 50, 0] < 64 < faces[3][36, 50, 0] or hour == "1F553"
+        assert faces[3][36, 22, 0] < 64 < faces[1][36, 22, 0]
 
 
 def test_tone_scales_go_up_and_down(items):
@@ -122,7 +147,7 @@ def test_equal_pictures_are_on_one_side(built):
     catalogue = openmoji.load_catalogue(built)["drawings"]
     splits = defaultdict(set)
     for hexcode, png in openmoji.load_drawings(built).items():
-        splits[png].add(catalogue[hexcode.split("~")[0]]["split"])
+        splits[png] |= {catalogue[drawn]["split"] for drawn in hexcode.split("~")[0].split("+")}
     assert all(len(found) == 1 for found in splits.values())
 
 
@@ -182,7 +207,7 @@ def test_ids_are_unique_and_name_the_task(items):
 
 def test_ids_hold_the_roles(items, drawings):
     for task, _, example in items:
-        if task.startswith("edit") or task == "compose":
+        if task.startswith(("edit", "compose")):
             inputs, target = example["id"].split("/")[1 if task == "compose" else 2].split(">")
             assert [*inputs.split("+"), target] == _images(example)
 
@@ -263,7 +288,7 @@ def test_a_colour_is_the_same_in_every_shape():
     for shape, colours in openmoji._COLOURS.values():
         for colour, hexcode in colours.items():
             if shape in ("heart", "square", "circle", "diamond"):
-                shades[colour].add(openmoji._rasterise(hexcode, 36).getpixel((18, 18)))
+                shades[colour].add(pictures.rasterise(hexcode, 36).getpixel((18, 18)))
     assert {colour: len(found) for colour, found in shades.items()} == dict.fromkeys(shades, 1)
 
 
@@ -274,12 +299,43 @@ def test_what_is_painted_is_clearly_of_that_colour(drawings):
     assert {"cactus", "frog", "jeans"} <= names
     assert not names & {"black cat", "waving hand", "red heart", "full moon", "one o'clock"}
     for family in families[::20]:
-        first, second = (np.asarray(openmoji._rasterise(member, 288), int) for member, _ in family.members[:2])
+        first, second = (np.asarray(pictures.rasterise(member, 288), int) for member, _ in family.members[:2])
         differ = np.abs(first - second).max(axis=-1) > 0
         assert 0.02 < differ.mean() < 0.9
         for picture, (_, colour) in zip((first, second), family.members):
-            paint = [int(openmoji._PALETTE[colour][i : i + 2], 16) for i in (1, 3, 5)]
+            paint = [int(pictures.PALETTE[colour][i : i + 2], 16) for i in (1, 3, 5)]
             assert (picture[differ] == paint).all(axis=-1).mean() > 0.5
+
+
+def test_parts_of_two_drawings_are_where_the_text_says(built):
+    """Halves are those of the drawings pixel by pixel; what is in front is whole, and hides what is behind."""
+    texts, shown = {}, defaultdict(dict)
+    for path in _shards(built, "compose_parts", "held_out"):
+        for record in ArrayRecordReader(str(path)).read_all():
+            example = examples_lib.decode(record)
+            first, second, text, target = example["segments"]
+            family, arrangement = example["id"].split("/")[1], example["id"].split("~")[1]
+            texts[arrangement] = text["text"]
+            arrays = [np.asarray(Image.open(io.BytesIO(s["image"])), int) for s in (first, second, target)]
+            shown[family][arrangement] = arrays
+    assert len(texts) == len(set(texts.values())) == 6
+    front_differs = 0
+    for arrangements in shown.values():
+        for arrangement, opposite, axis in (("left", "right", 1), ("top", "bottom", 0)):
+            first, second, target = arrangements[arrangement]
+            assert np.abs(target - np.where(_side(SIZE, axis), first, second)).max() <= 2
+            assert np.abs(arrangements[opposite][2] - np.where(_side(SIZE, axis), second, first)).max() <= 2
+        first, second, target = arrangements["front"]
+        behind = arrangements["behind"][2]
+        alone = (second == 255).all(axis=-1)  # nothing of the second there
+        assert np.abs(target - first)[alone].max() <= 2
+        front_differs += (target != behind).any()
+    assert front_differs > 0.9 * len(shown)
+
+
+def _side(size, axis):
+    """Where the left or upper half of a picture is."""
+    return np.indices((size, size))[axis][..., None] < size // 2
 
 
 def test_white_is_not_painted_on_what_has_white(drawings):
@@ -388,3 +444,15 @@ def test_the_door_answers_in_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["stage1_sft", "stage2_sft"])
+def test_every_document_has_room_in_a_row(stage, built):
+    file = str(tiny.REPOSITORY / f"configs/{stage}.py:openmoji_documents")
+    shards = {name: pathlib.Path(source.shards).name for name, source in config_lib.load(file).data.sources.items()}
+    elsewhere = [f"--config.data.sources.{name}.shards={built / pattern}" for name, pattern in shards.items()]
+    reader = Reader(config_lib.load(file, [f"--config.data.tokenizer={built / 'tokenizer'}", *elsewhere]))
+    assert {"compose_parts", "sequence_clock", "sequence_tone"} <= {source.name for source in reader.sources}
+    for number, source in enumerate(reader.sources):
+        for index in range(0, len(source), 7):
+            reader.measure(number, index)  # raises what is too long
