@@ -55,23 +55,23 @@ def _language() -> ConfigDict:
 
 def _stage1() -> ConfigDict:
     config = _reading(stage1.get_config("openmoji"))
-    config.update(recipe="ablation", total_steps=300)
+    config.update(recipe="ablation", total_steps=200)
     config.init.update(vlm="language", vision_target="stage0")
-    config.checkpoint.every = 150
+    config.checkpoint.every = 100
     config.gauges.update(every=50, examples=100)
     return config
 
 
 def _stage2() -> ConfigDict:
     config = stage2.get_config("openmoji")
-    config.update(recipe="ablation", total_steps=800)
+    config.update(recipe="ablation", total_steps=500)
     config.init.update(dict.fromkeys(PARTS, "stage1"))
     sources = dict(text_to_image_core=16.0, edit_tone=5.0, edit_colour=4.0)
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
-    config.objectives.flow_matching.dropout.text = dict(start=0.5, end=0.1, steps=400)
-    config.checkpoint.every = 400
+    config.objectives.flow_matching.dropout.text = dict(start=0.5, end=0.1, steps=250)
+    config.checkpoint.every = 250
     config.telemetry.sample_every = 0
-    config.gauges = openmoji.gauges(200, "edit_tone")
+    config.gauges = openmoji.gauges(125, "edit_tone")
     return config
 
 
@@ -81,17 +81,17 @@ def _documents() -> ConfigDict:
     config.recipe = "documents"
     config.data.sources.update(sequence_tone=openmoji.source("sequence_tone", 10.0))
     config.data.budgets.update(vlm_tokens=112, latent_tokens=256)
-    config.gauges = openmoji.gauges(200, "edit_tone", "sequence_tone")
+    config.gauges = openmoji.gauges(125, "edit_tone", "sequence_tone")
     return config
 
 
 def _stage2_sft() -> ConfigDict:
     config = _stage2()
-    config.update(stage="stage2_sft", total_steps=200)
+    config.update(stage="stage2_sft", total_steps=150)
     config.init.update(dict.fromkeys((*PARTS, "conditioning", "dit"), "stage2"))
     config.objectives.flow_matching.dropout.text.start = config.objectives.flow_matching.dropout.text.end
     config.optimizer.warmup_steps = 10
-    config.checkpoint.every = config.gauges.every = 100
+    config.checkpoint.every = config.gauges.every = 75
     return config
 
 
