@@ -364,17 +364,15 @@ _PARTNERS = (1, 5, 25)  # how far apart, in an order by hash, drawings are put t
 
 
 def list_compositions(drawings: dict[str, Drawing], core: set[str]) -> list[Family]:
-    """Returns families of pictures made of the same two drawings of the core, both from one side of the split."""
+    """Returns families of pictures made of two drawings of the core, in either order, from one side of the split."""
     families = []
     for split in SPLITS:
         order = sorted((h for h in core if drawings[h].split == split), key=lambda h: zlib.crc32(h.encode()))
-        for apart in _PARTNERS[: len(order) - 1]:
+        for apart in (apart for apart in _PARTNERS if 2 * apart < len(order)):  # further apart, they come again
             for first, second in zip(order, order[apart:] + order[:apart]):
-                pair = f"{first}{pictures.AND}{second}"
-                members = tuple(
-                    (f"{pair}{pictures.CHANGED}{arrangement}", arrangement) for arrangement in words.ARRANGEMENTS
-                )
-                families.append(Family(f"parts-{pair}", "compose_parts", "", members, split))
+                pairs = (f"{first}{pictures.AND}{second}", f"{second}{pictures.AND}{first}")
+                members = ((f"{pair}{pictures.CHANGED}{how}", how) for pair in pairs for how in words.ARRANGEMENTS)
+                families.append(Family(f"parts-{pairs[0]}", "compose_parts", "", tuple(members), split))
     return families
 
 

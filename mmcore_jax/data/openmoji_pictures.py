@@ -1,9 +1,8 @@
 """Pictures of OpenMoji: its drawings, and what is made of them.
 
 A name stands for a picture: `1F338`, the drawing of that hexcode; `1F338~blue`, the same painted in a colour of
-`PALETTE`, for drawings in one colour; `1F550~25`, a clock whose longer hand shows that many minutes; two drawings in
-one are `1F338+1F408~left`, the first on the left (and so on, see `HALVES`), `~front` and `~behind`, the one over the
-other.
+`PALETTE`, for drawings in one colour; `1F550~25`, a clock whose longer hand shows that many minutes; and half of one
+drawing with half of another is `1F338+1F408~beside` or `1F338+1F408~above`.
 """
 
 import functools
@@ -25,47 +24,31 @@ PALETTE = {
     "purple": "#8967aa", "brown": "#6a462f", "black": "#3f3f3f", "white": "#ffffff", "grey": "#9b9b9a",
     "pink": "#ffa7c0", "dark blue": "#1e50a0",
 }  # fmt: skip
-# What part of a picture the first of two drawings takes: left, top, right, bottom.
-HALVES = {"left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1), "top": (0, 0, 1, 0.5), "bottom": (0, 0.5, 1, 1)}
+_HALVES = {"beside": (0, 0, 0.5, 1), "above": (0, 0, 1, 0.5)}  # the part of the first: left, top, right, bottom
 _LONGER_HAND = re.compile(r'<line x1="36" x2="36" y1="18.9893" y2="[\d.]+"')  # of twelve o'clock, what is seen of it
 _SUPERSAMPLING = 2
 
 
 def render(name: str, size: int) -> bytes:
     """Returns a picture on white as a PNG of `size` by `size` pixels."""
-    draw = arrange if AND in name else rasterise
+    draw = _join if AND in name else rasterise
     encoded = io.BytesIO()
     draw(name, size * _SUPERSAMPLING).resize((size, size), Image.Resampling.BOX).save(encoded, "PNG")
     return encoded.getvalue()
 
 
-def arrange(name: str, size: int) -> Image.Image:
-    """Draws two drawings in one picture."""
+def _join(name: str, size: int) -> Image.Image:
     pair, _, arrangement = name.partition(CHANGED)
-    first, second = (_transparent(hexcode, size) for hexcode in pair.split(AND))
-    picture = Image.new("RGBA", (size, size), "white")
-    if arrangement in HALVES:
-        box = tuple(int(side * size) for side in HALVES[arrangement])
-        picture.alpha_composite(second)
-        picture.paste("white", box)
-        picture.alpha_composite(first.crop(box), box[:2])
-    else:
-        for layer in (second, first) if arrangement == "front" else (first, second):
-            picture.alpha_composite(layer)
-    return picture.convert("RGB")
-
-
-def rasterise(name: str, size: int) -> Image.Image:
-    """Draws one drawing on white."""
-    return _draw(name, size, "white").convert("RGB")
+    first, second = (rasterise(hexcode, size) for hexcode in pair.split(AND))
+    box = tuple(int(side * size) for side in _HALVES[arrangement])
+    picture = second.copy()
+    picture.paste(first.crop(box), box)
+    return picture
 
 
 @functools.lru_cache(64)
-def _transparent(hexcode: str, size: int) -> Image.Image:
-    return _draw(hexcode, size, None).convert("RGBA")
-
-
-def _draw(name: str, size: int, background: str | None) -> Image.Image:
+def rasterise(name: str, size: int) -> Image.Image:
+    """Draws one drawing on white."""
     hexcode, _, change = name.partition(CHANGED)
     svg = read_svg(hexcode)
     if change.isdigit():
@@ -73,8 +56,8 @@ def _draw(name: str, size: int, background: str | None) -> Image.Image:
         svg = _LONGER_HAND.sub(turned, svg)
     elif change:
         svg = re.sub(only_colour(hexcode), PALETTE[change.replace("_", " ")], svg, flags=re.IGNORECASE)
-    png = require("resvg_py").svg_to_bytes(svg_string=svg, width=size, background=background, skip_system_fonts=True)
-    return Image.open(io.BytesIO(png))
+    png = require("resvg_py").svg_to_bytes(svg_string=svg, width=size, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def only_colour(hexcode: str) -> str | None:

@@ -194,18 +194,11 @@ _COMPOSITIONS = (
     "combine them: {name}", "combine the two into {a}", "put them together to make {a}", "join the two: {name}",
     "merge them into {a}", "combine the two", "make {a} from these",
 )  # fmt: skip
-# What asks for two drawings in one picture, by the part that the first of them has.
-ARRANGEMENTS = {
-    "left": "the first on the left",
-    "right": "the first on the right",
-    "top": "the first at the top",
-    "bottom": "the first at the bottom",
-    "front": "the first in front",
-    "behind": "the first behind",
-}
+# What asks for half of one drawing with half of another.
+ARRANGEMENTS = {"beside": "put them beside each other", "above": "put the first above the second"}
 # How far to go in a sequence: in a list of every five minutes, or of phases.
 STEPS = {
-    "clock": {1: "five minutes later", 2: "ten minutes later", 6: "half an hour later", 12: "an hour later"},
+    "clock": {6: "half an hour later", 12: "an hour later"},
     "moon": {1: "the next phase of the moon", -1: "the phase of the moon before"},
 }
 STEPS["clock"] |= {-step: text.replace("later", "earlier") for step, text in STEPS["clock"].items()}
