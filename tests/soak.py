@@ -1,7 +1,9 @@
-"""Trains a tiny stage again and again under random faults, and compares each run with one that was left alone.
+"""Trains a stage again and again under random faults, and compares each run with one that was left alone.
 
     python -m tests.soak --minutes 10 [--processes 2] [--stage stage2] [--seed 0]
+    python -m tests.soak --minutes 0 --data data/openmoji --steps 600 --faults 100
 
+Tiny stages; with `--data`, the default recipe as it is, from random weights.
 A fault is a process that is killed, all of them, SIGTERM to one, a disk that is full while it trains, or a newest
 checkpoint that is damaged. The run is started again after each, and must end with the very losses, data and parameters.
 """
@@ -20,24 +22,21 @@ import sys
 import tempfile
 import time
 
+from mmcore_jax import config as config_lib
 from mmcore_jax.training.telemetry import read_metrics
 from tests import tiny
 
-STEPS = 40
 PATIENCE = 120  # seconds that a process may take to end after a fault that it has to notice by itself
 
 
 class Run:
     """A run in a directory, started as often as it takes."""
 
-    def __init__(self, directory: pathlib.Path, data: pathlib.Path, stage: str, count: int) -> None:
-        self.directory, self._count = directory, count
-        given = [
-            *tiny.overrides(stage, data),
-            *(f"--config.init.{part}=random" for part in tiny.config(stage, data).init),
-        ]
-        given += [f"--config.total_steps={STEPS}", "--config.checkpoint.every=10", "--config.checkpoint.keep=3"]
-        given += ["--config.checkpoint.local_every=4", f"--config.checkpoint.local={directory}-local"]
+    def __init__(self, directory: pathlib.Path, stage: str, settings: list[str], steps: int, count: int) -> None:
+        self.directory, self.steps, self._count = directory, steps, count
+        every = {"checkpoint.every": max(10, steps // 15), "checkpoint.local_every": max(4, steps // 40)}
+        every |= {"checkpoint.keep": 3, "checkpoint.local": f"{directory}-local", "total_steps": steps}
+        given = [*settings, *(f"--config.{name}={value}" for name, value in every.items())]
         self._command = tiny.command("train", f"--config=configs/{stage}.py", f"--workdir={directory}", *given)
 
     def start(self) -> None:
@@ -73,7 +72,7 @@ class Run:
 
     def outcome(self) -> dict:
         """All that is a function of the run alone."""
-        record = json.loads(next(self.directory.glob(f"checkpoints/{STEPS}/record/*")).read_text())
+        record = json.loads(next(self.directory.glob(f"checkpoints/{self.steps}/record/*")).read_text())
         del record["data"]["useful_seconds"]
         return {
             "metrics": tiny.logged(self.directory),
@@ -83,6 +82,15 @@ class Run:
 
     def output(self) -> str:
         return "\n".join(pathlib.Path(f"{self.directory}.{i}").read_text()[-3000:] for i in range(self._count))
+
+
+def default(stage: str, data: pathlib.Path) -> list[str]:
+    """Overrides that let the default recipe read a dataset wherever it is, and log every step."""
+    sources = config_lib.load(str(tiny.REPOSITORY / f"configs/{stage}.py")).data.sources
+    settings = {f"data.sources.{name}.shards": data / f"{name}-train-*.array_record" for name in sources}
+    settings |= {"data.tokenizer": data / "tokenizer", "data.index": data / "index", "gauges.every": 0}
+    settings |= {"telemetry.log_every": 1, "telemetry.sample_every": 0}
+    return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
 def kill_all(run: Run, chance: random.Random) -> None:
@@ -134,15 +142,16 @@ FAULTS = {
 }
 
 
-def torture(run: Run, chance: random.Random, counts: collections.Counter) -> None:
-    """Starts the run under a fault each time, and at last lets it end."""
-    for _ in range(chance.randrange(3, 9)):
+def torture(run: Run, chance: random.Random, faults: int, counts: collections.Counter) -> None:
+    """Starts the run under a fault each time, evenly over its steps, and at last lets it end."""
+    for number in range(faults):
         run.start()
         name = chance.choice(list(FAULTS))
         if chance.random() < 0.2:  # while it starts
             time.sleep(chance.random() * 8)
         else:
-            run.wait_for(min(run.step + chance.randrange(1, 15), STEPS - 5))
+            step = run.steps * (number + chance.random()) / faults
+            run.wait_for(min(max(run.step + 1, int(step)), run.steps - 5))
             time.sleep(chance.random() * 0.1)
         if not run.running():
             break
@@ -161,6 +170,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--stage", default="stage2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=pathlib.Path, help="the prepared dataset: train the default recipe")
+    parser.add_argument("--steps", type=int, default=40, help="of a run (default: %(default)s)")
+    parser.add_argument("--faults", type=int, help="of a run (default: 3 to 8)")
     arguments = parser.parse_args()
     chance, counts = random.Random(arguments.seed), collections.Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -168,15 +180,18 @@ def main() -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{directory}/programs")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        data = tiny.write_dataset(directory / "data")
-        alone = Run(directory / "alone", data, arguments.stage, arguments.processes)
+        stage, steps, count = arguments.stage, arguments.steps, arguments.processes
+        data = arguments.data or tiny.write_dataset(directory / "data")
+        settings = default(stage, data.absolute()) if arguments.data else tiny.overrides(stage, data)
+        settings += [f"--config.init.{part}=random" for part in tiny.config(stage, data).init]
+        alone = Run(directory / "alone", stage, settings, steps, count)
         alone.start()
         if any(alone.wait()):
             raise SystemExit(alone.output())
         expected, runs, deadline = alone.outcome(), 0, time.monotonic() + 60 * arguments.minutes
-        while time.monotonic() < deadline:
-            run = Run(directory / f"run_{runs}", data, arguments.stage, arguments.processes)
-            torture(run, chance, counts)
+        while runs == 0 or time.monotonic() < deadline:
+            run = Run(directory / f"run_{runs}", stage, settings, steps, count)
+            torture(run, chance, arguments.faults or chance.randrange(3, 9), counts)
             found = run.outcome()
             for what, value in expected.items():
                 if found[what] != value:

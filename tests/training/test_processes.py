@@ -60,9 +60,21 @@ def logged(workdir: pathlib.Path) -> dict[str, list[float]]:
     return {name: [record.get(name, 0.0) for record in records] for name in records[-1]}
 
 
+def stopped(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int) -> int:
+    """Goes on, and stops all by a SIGTERM at the last of the processes; returns after which step."""
+    (workdir / "config.json").unlink()
+    running = start(data, workdir, count, devices)
+    wait_until(running, (workdir / "config.json").exists)  # they have met
+    running[-1].send_signal(signal.SIGTERM)
+    assert [process.wait(180) for process in running] == [75] * count, output(workdir)
+    last = output(workdir).splitlines()[-1]
+    assert "stopped by SIGTERM and saved" in last
+    return int(last.split("step ")[1].split()[0])
+
+
 @pytest.mark.whole_runs
 def test_processes_come_and_go(data, tmp_path) -> None:
-    """1 x 8, 2 x 4 (killed), 2 x 4 (stopped) and 1 x 2 devices in turn are 1 x 8, uninterrupted."""
+    """Of 1 x 8 devices, 2 x 2 (killed), 2 x 2 (stopped), 1 x 2 (stopped) and 4 x 2 in turn are 1 x 8, uninterrupted."""
     whole, turns = tmp_path / "whole", tmp_path / "turns"
     (process,) = start(data, whole, 1, 8)
     assert process.wait() == 0, output(whole)
@@ -71,25 +83,18 @@ def test_processes_come_and_go(data, tmp_path) -> None:
     shutil.copy(whole / "metrics.jsonl", turns)
     shutil.copytree(whole / "checkpoints/20", turns / "checkpoints/20")
 
-    running = start(data, turns, 2, 4)
+    running = start(data, turns, 2, 2)
     local = pathlib.Path(f"{turns}-local")
     wait_until(running, lambda: len([*local.glob("*/process_?_of_2*/25/commit_success.txt")]) == 2)
     running[1].kill()
     assert running[0].wait(180) != 0  # it does not go on alone
 
-    (turns / "config.json").unlink()
-    running = start(data, turns, 2, 4)
-    wait_until(running, (turns / "config.json").exists)  # they have met
-    running[1].send_signal(signal.SIGTERM)
-    assert [process.wait(180) for process in running] == [75, 75], output(turns) + output(turns, 1)
-    last = output(turns).splitlines()[-1]
-    assert "stopped by SIGTERM and saved" in last
-    stopped_after = int(last.split("step ")[1].split()[0])
-    assert 25 < stopped_after < STEPS, "it did not go on from the host's disk"
-    assert (turns / "checkpoints" / str(stopped_after)).is_dir()
+    first, second = stopped(data, turns, 2, 2), stopped(data, turns, 1, 2)
+    assert 25 < first < second < STEPS, "it did not go on from the host's disk, or from the other's checkpoint"
+    assert (turns / "checkpoints" / str(second)).is_dir()
 
-    (process,) = start(data, turns, 1, 2)
-    assert process.wait() == 0, output(turns)
+    running = start(data, turns, 4, 2)
+    assert [process.wait(180) for process in running] == [0] * 4, output(turns)
     found, expected = logged(turns), logged(whole)
     assert found["step"] == expected["step"] == list(range(1, STEPS + 1))
     assert expected["data/bad/text_to_image"][-1] > 8, "no record was left out"
