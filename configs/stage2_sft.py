@@ -49,7 +49,7 @@ def _openmoji_documents() -> ConfigDict:
     config = openmoji.documents(_after_stage2("openmoji"))
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1_sft-openmoji_documents"))
     sources = dict(text_to_image_core=5.0, edit_tone=2.0, edit_gender=0.5, edit_colour=0.8, edit_recolour=0.8)
-    sources |= dict(compose=0.3, compose_parts=4.0, sequence_clock=3.0, sequence_moon=0.3, sequence_tone=1.2)
+    sources |= dict(compose=0.3, compose_parts=2.0, sequence_clock=6.0, sequence_moon=0.3, sequence_tone=1.2)
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.total_steps = config.telemetry.sample_every = 1500
     config.optimizer.update(learning_rate=1e-3, warmup_steps=30, flat=0.5)
