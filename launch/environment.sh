@@ -16,6 +16,10 @@ if ! grep -qsF "$PWD/.venv" .venv/bin/activate; then
     echo "error: Python 3.11 or later is needed, $python is $found: install one and set PYTHON to its path." >&2
     exit 2
   fi
+  if [[ -L .venv ]]; then
+    echo "error: .venv is a link to $(readlink .venv), which would be emptied: remove the link, not what it leads to." >&2
+    exit 2
+  fi
   "$python" -m venv --clear .venv
 fi
 # shellcheck source=/dev/null

@@ -263,3 +263,14 @@ def test_what_is_set_already_stays() -> None:
     assert shown() == "0.92/glibc.malloc.hugetlb=1"
     assert shown(XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == "0.5/glibc.malloc.hugetlb=1"
     assert shown(GLIBC_TUNABLES="glibc.malloc.arena_max=1") == "0.92/glibc.malloc.arena_max=1"
+
+
+def test_an_environment_that_is_a_link_is_not_emptied(tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/kept").touch()
+    shutil.copytree(LAUNCH, tmp_path / "clone/launch")
+    (tmp_path / "clone/.venv").symlink_to(tmp_path / "elsewhere")
+    ran = subprocess.run(["bash", "launch/test.sh"], cwd=tmp_path / "clone", capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: .venv is a link to {tmp_path}/elsewhere")
+    assert (tmp_path / "elsewhere/kept").exists()
