@@ -11,7 +11,7 @@ Everything but the vision target trains: lambda_t next-token + lambda_a alignmen
 accelerators; compiled and counted, never trained yet. 64 queries as in the paper, whose score is flat by 50,000 steps;
 it gives no learning rates.
 `qwen25vl3b_frozen`: the VLM frozen under a transformer connector; compiled and counted, never trained yet.
-`..._v5e_64`, `..._v5e_256`, `..._v5p_128` of these: the same runs on a mesh of that pod (`published.FITTING`).
+`qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
 import openmoji

@@ -9,7 +9,7 @@ clock faces, phases of the moon, scales of skin tones.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is a fifth of
 stage 1's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5), the shares are ours.
-`..._v5e_64`, `..._v5e_256`, `..._v5p_128` of these: the same runs on a mesh of that pod (`published.FITTING`).
+`qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
 import openmoji

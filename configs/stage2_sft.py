@@ -9,7 +9,7 @@ tells their images apart is new.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 2 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. "The same dropout settings" is the paper's; it gives neither length nor learning rate here:
 2,000 steps are those of its stage 1, the rate is a fifth of stage 2's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5).
-`..._v5e_64`, `..._v5e_256`, `..._v5p_128` of these: the same runs on a mesh of that pod (`published.FITTING`).
+`qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
 import openmoji

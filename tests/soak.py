@@ -36,7 +36,7 @@ class Run:
         self.directory, self.steps, self._count = directory, steps, count
         every = {"checkpoint.every": max(10, steps // 15), "checkpoint.local_every": max(4, steps // 40)}
         every |= {"checkpoint.keep": 3, "checkpoint.local": f"{directory}-local", "total_steps": steps}
-        given = [*settings, *(f"--config.{name}={value}" for name, value in every.items())]
+        given = [*settings, *tiny.flags(every)]
         self._command = tiny.command("train", f"--config=configs/{stage}.py", f"--workdir={directory}", *given)
 
     def start(self) -> None:
@@ -82,15 +82,6 @@ class Run:
 
     def output(self) -> str:
         return "\n".join(pathlib.Path(f"{self.directory}.{i}").read_text()[-3000:] for i in range(self._count))
-
-
-def default(stage: str, data: pathlib.Path) -> list[str]:
-    """Overrides that let the default recipe read a dataset wherever it is, and log every step."""
-    sources = config_lib.load(str(tiny.REPOSITORY / f"configs/{stage}.py")).data.sources
-    settings = {f"data.sources.{name}.shards": data / f"{name}-train-*.array_record" for name in sources}
-    settings |= {"data.tokenizer": data / "tokenizer", "data.index": data / "index", "gauges.every": 0}
-    settings |= {"telemetry.log_every": 1, "telemetry.sample_every": 0}
-    return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
 def kill_all(run: Run, chance: random.Random) -> None:
@@ -181,9 +172,13 @@ def main() -> int:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{directory}/programs")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         stage, steps, count = arguments.stage, arguments.steps, arguments.processes
-        data = arguments.data or tiny.write_dataset(directory / "data")
-        settings = default(stage, data.absolute()) if arguments.data else tiny.overrides(stage, data)
-        settings += [f"--config.init.{part}=random" for part in tiny.config(stage, data).init]
+        file = str(tiny.REPOSITORY / f"configs/{stage}.py")
+        if arguments.data:
+            logged = {"telemetry.log_every": 1, "telemetry.sample_every": 0}
+            settings = tiny.flags(tiny.elsewhere(file, arguments.data.absolute()) | logged)
+        else:
+            settings = tiny.overrides(stage, tiny.write_dataset(directory / "data"))
+        settings += [f"--config.init.{part}=random" for part in config_lib.load(file).init]
         alone = Run(directory / "alone", stage, settings, steps, count)
         alone.start()
         if any(alone.wait()):

@@ -87,22 +87,28 @@ def write_dataset(directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
+def elsewhere(file: str, data: pathlib.Path) -> dict[str, Any]:
+    """Settings by which a recipe reads the dataset at `data`."""
+    sources = config_lib.load(file).data.sources
+    shards = {f"data.sources.{name}.shards": data / pathlib.Path(one.shards).name for name, one in sources.items()}
+    return shards | {"data.tokenizer": data / "tokenizer", "data.index": data / "index"}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as overrides on the command line."""
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
 def overrides(stage: str, data: pathlib.Path) -> list[str]:
     """Command-line overrides that shrink the shipped recipe of a stage and point it at `data`."""
-    settings = {
-        "data.tokenizer": data / "tokenizer",
-        "data.index": data / "index",
-        "data.window": 64,
-        "execution.scan_layers": True,
-    }
+    settings = elsewhere(str(REPOSITORY / f"configs/{stage}.py"), data)
+    settings |= {"data.window": 64, "execution.scan_layers": True}
     if stage != "stage0":
         settings["data.vlm_pixels"] = (256, 256)
     settings |= {"total_steps": 20, "telemetry.log_every": 1, "telemetry.sample_every": 0, "checkpoint.every": 5}
     if stage != "stage0":
         settings["gauges.every"] = 0
     settings |= {"optimizer.warmup_steps": 4, "optimizer.ema_decay": 0.9}
-    sources = config_lib.load(str(REPOSITORY / f"configs/{stage}.py")).data.sources
-    settings |= {f"data.sources.{task}.shards": data / f"{task}-train-*.array_record" for task in sources}
     tower = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
     settings |= {f"model.vision_target.vision.{name}": value for name, value in {**tower, "image_size": 16}.items()}
     if stage == "stage0":
@@ -122,7 +128,7 @@ def overrides(stage: str, data: pathlib.Path) -> list[str]:
         settings |= {f"data.budgets.{name}": value for name, value in budgets.items()}
     if stage.startswith("stage2"):
         settings = {name: value for name, value in settings.items() if "vision_target" not in name}
-    return [f"--config.{name}={value}" for name, value in settings.items()]
+    return flags(settings)
 
 
 def config(stage: str, data: pathlib.Path, *extra: str, random: bool = True) -> Config:

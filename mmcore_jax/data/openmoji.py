@@ -51,8 +51,9 @@ from mmcore_jax.progress import Progress
 BUILDER_VERSION = 4
 SEQUENCES = ("sequence_clock", "sequence_moon", "sequence_tone")
 RECOLOURED = ("text_to_image_recolour", "edit_recolour")
+_LATER = SEQUENCES + RECOLOURED + ("compose_parts",)  # whose texts the tokenizer is not trained on: it stays the same
 TASKS = ("text_to_image_core", "text_to_image", "edit_tone", "edit_gender", "edit_colour", "compose", "caption")
-TASKS += SEQUENCES + RECOLOURED + ("compose_parts",)
+TASKS += _LATER
 SPLITS = ("train", "held_out")
 ATTRIBUTION = (
     "Drawings by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0; "
@@ -164,10 +165,10 @@ def base_concept(hexcode: str) -> str:
       hexcode: code points in hexadecimal joined by "-", such as "1F469-1F3FD-200D-1F52C"; "~blue" may follow, which
         changes nothing, or "~25", the minutes of a clock, which do.
     """
-    hexcode, _, change = (whole := hexcode).partition(pictures.CHANGED)
+    drawing, _, change = hexcode.partition(pictures.CHANGED)
     if change.isdigit():
-        return whole
-    plain = "-".join(code for code in hexcode.split("-") if code not in TONES and code != "FE0F")
+        return hexcode
+    plain = "-".join(code for code in drawing.split("-") if code not in TONES and code != "FE0F")
     if plain in _SHAPES:
         return _SHAPES[plain]
     parts = [_SHAPES.get(part, _SAME_PART.get(part, part)) for part in plain.split(f"-{JOINER}-")]
@@ -643,8 +644,8 @@ def _write(directory: pathlib.Path, size: int, progress: Progress) -> None:
     texts = []
     for task, split, example in list_examples(drawings, families, core, pngs):
         groups[task, split].append(examples_lib.encode(example))
-        if task in (*SEQUENCES, *RECOLOURED, "compose_parts"):
-            continue  # they came later, and the tokenizer stays what it was
+        if task in _LATER:
+            continue
         texts += [segment["text"] for segment in example["segments"] if segment["type"] == "text"]
     for (task, split), records in progress(groups.items(), len(groups), "writing"):
         _write_shards(directory, f"{task}-{split}", records)

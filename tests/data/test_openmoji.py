@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import pathlib
 import re
 import subprocess
@@ -63,14 +64,20 @@ def _images(example):
     return [s["image"].decode() for s in example["segments"] if s["type"] == "image"]
 
 
+def _concepts(example):
+    """Bases of all that an example shows; of a picture made of two drawings, those of both."""
+    names = (name.split("~")[0].split("+") if "+" in name else [name] for name in _images(example))
+    return set(map(openmoji.base_concept, itertools.chain(*names)))
+
+
 def _leaks(items):
     """Bases that are drawn by a held-out caption and are also somewhere in a training example."""
     held_out, train = set(), set()
     for task, split, example in items:
         if split == "train":
-            train.update(map(openmoji.base_concept, _images(example)))
+            train |= _concepts(example)
         elif task.startswith("text_to_image"):
-            held_out.update(map(openmoji.base_concept, _images(example)))
+            held_out |= _concepts(example)
     return held_out & train
 
 
@@ -92,15 +99,14 @@ def test_a_split_by_image_is_caught(drawings, monkeypatch):
 def test_held_out_edits_start_from_held_out_concepts(items):
     for task, split, example in items:
         if split == "held_out" and task.startswith(("edit", "compose_parts")):
-            given = _images(example)[:-1]
-            assert {openmoji.split_of(openmoji.base_concept(hexcode)) for hexcode in given} == {"held_out"}
+            assert set(map(openmoji.split_of, _concepts(example))) == {"held_out"}
 
 
 def test_sequences_go_on_by_equal_steps(items):
     """Around the clock and the month, both ways; with a face or a phase that is held out, the whole document is."""
-    for task, order, steps in (
-        ("sequence_clock", openmoji._CLOCK, words.STEPS["clock"]),
-        ("sequence_moon", openmoji._MOON, words.STEPS["moon"]),
+    for task, order, steps, named in (
+        ("sequence_clock", openmoji._CLOCK, words.STEPS["clock"], 24 * 4),
+        ("sequence_moon", openmoji._MOON, words.STEPS["moon"], 8 * 2),
     ):
         splits, found = set(), defaultdict(set)
         for _, split, example in (item for item in items if item[0] == task):
@@ -113,10 +119,12 @@ def test_sequences_go_on_by_equal_steps(items):
             assert step == (third - second) % len(order)
             if texts[0].startswith("next, "):
                 assert texts[0] != texts[1]
+                named -= 1
             else:
                 assert texts == [next(text for n, text in steps.items() if n % len(order) == step)] * 2
                 found[step].add(first)
         assert splits == {"train", "held_out"}
+        assert named == 0
         assert {step: len(starts) for step, starts in found.items()} == {n % len(order): len(order) for n in steps}
 
 
@@ -436,9 +444,7 @@ def test_the_door_answers_in_one_sentence(tmp_path):
 @pytest.mark.parametrize("stage", ["stage1_sft", "stage2_sft"])
 def test_every_document_has_room_in_a_row(stage, built):
     file = str(tiny.REPOSITORY / f"configs/{stage}.py:openmoji_documents")
-    shards = {name: pathlib.Path(source.shards).name for name, source in config_lib.load(file).data.sources.items()}
-    elsewhere = [f"--config.data.sources.{name}.shards={built / pattern}" for name, pattern in shards.items()]
-    reader = Reader(config_lib.load(file, [f"--config.data.tokenizer={built / 'tokenizer'}", *elsewhere]))
+    reader = Reader(config_lib.load(file, tiny.flags(tiny.elsewhere(file, built))))
     assert {"compose_parts", "sequence_clock", "sequence_tone"} <= {source.name for source in reader.sources}
     for number, source in enumerate(reader.sources):
         for index in range(0, len(source), 7):

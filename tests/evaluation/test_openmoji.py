@@ -256,7 +256,7 @@ def test_a_sequence_is_compared_with_its_last_input(data):
     examples = data.examples("edit_tone", "held_out")
     given, last = [openmoji.images(examples[number])[0] for number in (0, -1)], openmoji.images(examples[1])[-1]
     assert len({*given, last}) == 3
-    for task, number in (("sequence_clock", 1), ("compose_parts", 0)):
+    for task, number in (("sequence_clock", 1), ("compose", 0), ("compose_parts", 0)):
         segments = [*map(example_lib.image, given), example_lib.text("next"), example_lib.image(last, True)]
         edit = openmoji._make_edit(data, {"id": f"{task}/x/y", "task": task, "segments": segments}, [*given, last])
         np.testing.assert_array_equal(edit.source, data.decode(given)[number])
