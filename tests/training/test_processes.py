@@ -18,7 +18,8 @@ from mmcore_jax.config import UserError
 from mmcore_jax.data import example
 from tests import tiny
 
-STEPS = 40
+STEPS = 36
+LIMIT = 600  # seconds; four processes take half a minute on two idle cores, more than three on busy ones
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def stopped(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int)
     running = start(data, workdir, count, devices)
     wait_until(running, (workdir / "config.json").exists)  # they have met
     running[-1].send_signal(signal.SIGTERM)
-    assert [process.wait(180) for process in running] == [75] * count, output(workdir)
+    assert [process.wait(LIMIT) for process in running] == [75] * count, output(workdir)
     last = output(workdir).splitlines()[-1]
     assert "stopped by SIGTERM and saved" in last
     return int(last.split("step ")[1].split()[0])
@@ -77,7 +78,7 @@ def test_processes_come_and_go(data, tmp_path) -> None:
     """Of 1 x 8 devices, 2 x 2 (killed), 2 x 2 (stopped), 1 x 2 (stopped) and 4 x 2 in turn are 1 x 8, uninterrupted."""
     whole, turns = tmp_path / "whole", tmp_path / "turns"
     (process,) = start(data, whole, 1, 8)
-    assert process.wait() == 0, output(whole)
+    assert process.wait(LIMIT) == 0, output(whole)
     turns.mkdir()
     shutil.copy(whole / "config.json", turns)
     shutil.copy(whole / "metrics.jsonl", turns)
@@ -87,14 +88,14 @@ def test_processes_come_and_go(data, tmp_path) -> None:
     local = pathlib.Path(f"{turns}-local")
     wait_until(running, lambda: len([*local.glob("*/process_?_of_2*/25/commit_success.txt")]) == 2)
     running[1].kill()
-    assert running[0].wait(180) != 0  # it does not go on alone
+    assert running[0].wait(LIMIT) != 0  # it does not go on alone
 
     first, second = stopped(data, turns, 2, 2), stopped(data, turns, 1, 2)
     assert 25 < first < second < STEPS, "it did not go on from the host's disk, or from the other's checkpoint"
     assert (turns / "checkpoints" / str(second)).is_dir()
 
     running = start(data, turns, 4, 2)
-    assert [process.wait(180) for process in running] == [0] * 4, output(turns)
+    assert [process.wait(LIMIT) for process in running] == [0] * 4, output(turns)
     found, expected = logged(turns), logged(whole)
     assert found["step"] == expected["step"] == list(range(1, STEPS + 1))
     assert expected["data/bad/text_to_image"][-1] > 8, "no record was left out"
