@@ -230,7 +230,8 @@ def make_item(
     speaker, pending = None, []
     for number, (now, segment) in enumerate(zip(speakers, segments)):
         if now != speaker:
-            between = chat.preamble if speaker is None else chat.close[tokens.turn_is_ended :]
+            ended = bool(tokens.ids) and tokens.ids[-1] == chat.turn_end  # where that is learned
+            between = chat.preamble if speaker is None else chat.close[ended:]
             tokens.add(between + chat.open[now], TEXT, len(frames))
             speaker = now
         if segment["type"] == "text":
@@ -238,7 +239,7 @@ def make_item(
             ids = chat.encode(segment["text"])
             pending += tokens.add(ids[:text_limit], TEXT, len(frames), learned)
             whole = text_limit is None or len(ids) <= text_limit
-            if learned and whole and (number == last or speakers[number + 1] != "assistant"):
+            if learned and whole and (number == last or speakers[number + 1] != now):
                 tokens.add([chat.turn_end], TEXT, len(frames), True)
             continue
         frame = Frame(segment["image"], segment["generate"], shape)
@@ -265,11 +266,6 @@ class _Tokens:
         self.grids: list[tuple[int, int]] = []
         self._runs: list[tuple[int, int, bool, int]] = []  # kind, frame, learned, source less place
         self._lengths: list[int] = []
-
-    @property
-    def turn_is_ended(self) -> bool:
-        """Whether the end of a turn stands there already, which it does where that is learned."""
-        return bool(self._runs) and self._runs[-1][2]
 
     def add(self, ids: list[int], kind: int, frame: int, learned: bool = False, first: int = 0) -> range:
         """Appends tokens, their sources counted from `first` unless they are text, and returns where they stand."""

@@ -21,6 +21,7 @@ from mmcore_jax.data.reader import Reader, over_source
 from mmcore_jax.progress import Progress
 
 _RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8), ("bucket", np.uint16)])
+_RULES = 2  # of `layout.make_item`; another number wherever those change lengths
 _CHUNK = 2048  # records
 _MOST_REASONS = 255
 _CASES_LOGGED = 3
@@ -89,6 +90,7 @@ def _fingerprint(config: Config, reader: Reader, number: int) -> str:
         list(config.data.sources.values())[number].too_long,
         bool(next_token and next_token.user_text),
         _RECORD.descr,
+        _RULES,
     ]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 

@@ -70,7 +70,19 @@ class AutoencoderKLModel(nn.Module):
         return self.decode(self.encode(images))
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """uint8 `[..., H, W, 3]` to float32 latents `[..., h, w, C]`: the mean, shifted and scaled."""
+        """uint8 `[..., H, W, 3]` to float32 latents `[..., h, w, C]`: the mean, shifted and scaled.
+
+        Of `[B, I, H, W, 3]` one image of each row after another: features of a megapixel are gigabytes.
+        """
+        if images.ndim == 5:
+            in_turn = nn.scan(
+                lambda model, carry, one: (carry, model.encode(one)),
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                in_axes=1,
+                out_axes=1,
+            )
+            return in_turn(self, None, images)[1]
         return self._normalize(self.moments(_to_signed(images))[0])
 
     def sample(self, images: jax.Array, key: jax.Array) -> jax.Array:

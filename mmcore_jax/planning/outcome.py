@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mmcore_jax import sharding
-from mmcore_jax.config import Config
+from mmcore_jax.config import Config, UserError
 from mmcore_jax.nn.masks import PAD
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.kernels import Kernels, kernels
@@ -110,7 +110,7 @@ def evaluate(config: Config, topology: str, slices: int = 1) -> Outcome:
     """Compiles the step of a run and says what it takes.
 
     Raises:
-      UserError: if the topology is unknown, or the mesh or the batch does not fit it.
+      UserError: if the topology is unknown, the mesh or the batch does not fit it, or a kernel does not fit on a core.
     """
     made = program(config, devices(topology, slices))
     outcome = _prepare(config, made, topology, slices)
@@ -216,14 +216,15 @@ _SIZE = r"([\d.]+)([KMGT]?)B?"
 
 def _out_of_memory(outcome: Outcome, message: str) -> None:
     """What the compiler says of a program that does not fit: how much it takes, and its largest arrays."""
-    used = re.search(rf"Used {_SIZE} of {_SIZE}", message)
+    used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     alone = re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     if used:
         outcome.memory["activations, temporaries"] = max(0.0, _bytes(used[1], used[2]) - outcome.needed)
     elif alone:
         outcome.memory["activations, temporaries"] = _bytes(alone[1], alone[2])
     else:
-        outcome.notes.append(f"the compiler ran out of memory: {message}")
+        first = message.split("\n")[0]
+        raise UserError(f"the step does not compile, for lack of another memory than the chip's main one: {first}")
     outcome.needed = sum(outcome.memory.values())
     for part in re.split(r"\n\s*\d+\. ", message)[1:]:
         size, kind = re.search(rf"Size: {_SIZE}", part), re.search(r"Shape: (\S+)", part)

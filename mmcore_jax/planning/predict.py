@@ -34,7 +34,8 @@ class Chip:
     """Bytes of memory that programs may use, and what a chip does in a second.
 
     Bytes from memory, bytes to other chips (`links`) and to other slices (`network`), cycles. The links form a torus of
-    `torus` axes; one that is not a multiple of `wraps` chips long is a line. Its FLOPs are in `training/flops.py`.
+    `torus` axes; one that is not a multiple of `wraps` chips long is a line, and of three axes so are the others. Its
+    FLOPs are in `training/flops.py`.
     """
 
     memory: float
@@ -72,18 +73,22 @@ class Links:
         group = transfer.group or range(len(self.places))
         spans = [np.unique(along) for along in self.places[list(group)].T]
         slices, *along = (span.size for span in spans)
-        bandwidth = sum(self._bandwidth(axis, size) for axis, size in enumerate(along) if size > 1)
+        axes = [(size, REACHED_LINKS * self._bandwidth(axis, size)) for axis, size in enumerate(along) if size > 1]
         inside = math.prod(along)
         seconds = HOP * sum(size // 2 for size in along)
-        if inside > 1:
-            seconds += _moved(transfer, inside) / (REACHED_LINKS * bandwidth)
+        if transfer.kind == "all-to-all":  # what stands in the way is half of the longest axis
+            seconds += max((transfer.bytes * max(1, size / 4) / bandwidth for size, bandwidth in axes), default=0.0)
+        elif axes:
+            seconds += _moved(transfer, inside) / sum(bandwidth for _, bandwidth in axes)
         if slices > 1:
             seconds += _moved(transfer, slices) / inside / (REACHED_LINKS * self.chip.network)
         return seconds
 
     def _bandwidth(self, axis: int, size: int) -> float:
         """Bytes a second among `size` chips along an axis of the torus: a ring has twice that of a line."""
-        ring = size == np.unique(self.places[:, 1 + axis]).size and size % self.chip.wraps == 0
+        sizes = [np.unique(along).size for along in self.places[:, 1:].T]
+        needed = sizes if self.chip.torus == 3 else [size]  # a slice of cubes has rings along all axes or none
+        ring = size == sizes[axis] and all(each % self.chip.wraps == 0 for each in needed)
         return self.chip.links / self.chip.torus / (1 if ring else 2)
 
 
@@ -100,9 +105,7 @@ def links(mesh: jax.sharding.Mesh) -> Links | None:
 def _moved(transfer: Collective, devices: int) -> float:
     """Bytes through the links of a device, where `devices` share the transfer."""
     if transfer.kind == "collective-permute":
-        return 2.0 * transfer.bytes  # one direction only
-    if transfer.kind == "all-to-all":
-        return transfer.bytes * max(1.0, devices / 4)
+        return transfer.bytes
     once = transfer.bytes * (devices - 1) / devices
     return 2 * once if transfer.kind == "all-reduce" else once
 

@@ -63,6 +63,27 @@ def test_turns_close_once_and_only_assistant_text_is_learned(segments, expected,
     np.testing.assert_array_equal(row.tokens.ids[0, 1:][targets[:-1] >= 0], targets[targets >= 0])
 
 
+@pytest.mark.parametrize(
+    "segments",
+    [
+        ["a hat", -1],
+        ["swap", 1, "and", 2, "now", -3],
+        ["why", ("assistant", "so"), "then", ("assistant", "yes")],
+        [1, "what", ("assistant", "this"), -2, "thanks"],
+    ],
+)
+@pytest.mark.parametrize("limit", [None, 1])
+def test_learning_the_users_text_changes_no_token(segments, limit):
+    """What a VLM reads is the same in all stages; a text that is cut short has no learned end."""
+    made = [layout.make_item(document("x", *segments), CHAT, SIZES, learns, limit) for learns in (False, True)]
+    read, learned = (CHARACTERS.decode(item.ids).removesuffix("\x02") for item in made)
+    assert learned == read
+    turns = read.split("\x01")[1:]
+    assert all(turn.endswith(CLOSE) and turn.count("\x02") == 1 for turn in turns[:-1])
+    ends = [number for number, token in enumerate(made[1].ids) if token == 2 and made[1].learned[number]]
+    assert bool(ends) == (limit is None)
+
+
 def test_targets_are_the_next_tokens_of_assistant_text():
     targets = ROW.tokens.targets[0]
     (where,) = np.nonzero(targets >= 0)

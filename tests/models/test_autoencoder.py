@@ -77,6 +77,18 @@ def test_tiles_are_looped_over():
     assert sizes[1] < sizes[0] / 2
 
 
+def test_images_of_a_row_are_encoded_in_turn():
+    """The result is that of all at once; no features are larger than the images themselves."""
+    model, variables = tiny()
+
+    def encode(images):
+        return model.apply(variables, images, method="encode")
+
+    flat = IMAGES.reshape(-1, *IMAGES.shape[2:])
+    chex.assert_trees_all_close(encode(IMAGES).reshape(encode(flat).shape), encode(flat), atol=1e-5)
+    assert largest_array(encode, IMAGES) == IMAGES.size < largest_array(encode, flat)
+
+
 def test_blockwise_attention_is_linear_in_memory():
     x, length, sizes = jnp.zeros((1, 64, 64, 8)), 64 * 64, {}
     for attention in ("dense", "blockwise"):

@@ -8,15 +8,15 @@ import pytest
 
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.hlo import Collective
-from mmcore_jax.planning.predict import CHIPS, GIB, Links, predict
+from mmcore_jax.planning.predict import CHIPS, GIB, Chip, Links, predict
 
 MODULES = pathlib.Path(__file__).parent / "modules"
-V5E, PEAK = CHIPS["TPU v5 lite"], 197e12
+V5E, V5P, PEAK = CHIPS["TPU v5 lite"], CHIPS["TPU v5"], 197e12
 
 
-def wired(*shape: int, slices: int = 1) -> Links:
+def wired(*shape: int, slices: int = 1, chip: Chip = V5E) -> Links:
     """Chips in a grid, in the order of their coordinates."""
-    return Links(V5E, PEAK, np.array([(n, *place) for n in range(slices) for place in np.ndindex(*shape)]))
+    return Links(chip, PEAK, np.array([(n, *place) for n in range(slices) for place in np.ndindex(*shape)]))
 
 
 def module(name: str) -> hlo.Module:
@@ -67,6 +67,10 @@ def test_without_links_nothing_is_timed():
         ("all-gather", range(8), wired(16, 16), 50e9, 7 / 8),  # half of a ring is a line
         ("all-reduce", range(16), wired(16, 16), 100e9, 2 * 15 / 16),
         ("all-to-all", range(16), wired(16, 16), 100e9, 4),
+        ("all-to-all", range(256), wired(16, 16), 100e9, 4),  # both rings at once, each as far as alone
+        ("collective-permute", (0, 1), wired(16, 16), 50e9, 1),  # one direction of a link
+        ("all-gather", range(64), wired(4, 4, 4, chip=V5P), 600e9, 63 / 64),
+        ("all-gather", range(32), wired(2, 4, 4, chip=V5P), 300e9, 31 / 32),  # no cube: three lines
         ("all-reduce", (0, 4), wired(2, 2, slices=2), 3.125e9, 1),  # over the network between slices
     ],
 )

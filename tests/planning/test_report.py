@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import Mesh
+from mmcore_jax.config import Mesh, UserError
 from mmcore_jax.planning import outcome as outcome_lib
 from mmcore_jax.planning.outcome import GIB, Large, Outcome, Transfer
 from mmcore_jax.planning.report import ranking, report
@@ -74,6 +74,19 @@ def test_out_of_memory_says_by_how_much():
     assert made.temporaries == [Large(6.0 * GIB, "f32[24,128,13312]", "mmcore_jax/nn/attention.py:38")]
     assert "OUT OF MEMORY by 4.750" in " ".join(report(made).split())
     assert out_of_memory(TEMPORARIES).needed == pytest.approx((7 + 259) * GIB)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1001: Ran out of memory in memory space vmem. Used 40.00M of 32.00M vmem.",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack\n and more",
+    ],
+)
+def test_a_kernel_that_does_not_fit_on_a_core_is_no_step_that_fits(message):
+    with pytest.raises(UserError, match=r"does not compile.*vmem") as error:
+        out_of_memory(message)
+    assert "and more" not in str(error.value)
 
 
 def test_what_to_change_to_fit():
