@@ -29,12 +29,23 @@ DEFAULT_RECIPE = "openmoji"
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a file
+
+
 class UserError(ValueError):
     """A mistake that we foresaw. Its message is one sentence: what is wrong, where, and what to do."""
 
+    exit_code = 2
+
+
+class TryAgain(UserError):
+    """Nobody's mistake, which the same command may not meet again: what launches it does so once more."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
 
 def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
-    """Turns `main(argv)` into a console entry: a `UserError`, or a full disk, becomes one sentence and exit code 2."""
+    """Turns `main(argv)` into a console entry: a `UserError`, or a full disk, becomes one sentence and an exit code."""
 
     @functools.wraps(main)
     def enter() -> None:
@@ -42,9 +53,9 @@ def door(main: Callable[[Sequence[str]], int | None]) -> Callable[[], None]:
             sys.exit(main(sys.argv[1:]) or 0)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             what = error.filename or "a file"
             print(
@@ -512,14 +523,17 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW: `warmup_steps` up, flat until `flat` of the run, then down to `final` of `learning_rate` by `decay`."""
+    """AdamW: `warmup_steps` up, flat until `flat` of the run, then down to `final` of `learning_rate` by `decay`.
+
+    The gradient of all that trains is clipped to `clip_norm`; 0 never clips.
+    """
 
     learning_rate: float
     b1: float
     b2: float
     eps: float
     weight_decay: float
-    clip_norm: float
+    clip_norm: NotNegative
     warmup_steps: int
     decay: Literal["constant", "linear", "cosine"]
     flat: float
@@ -605,7 +619,7 @@ class Sampling:
 class Telemetry:
     """Intervals in steps; `sample_every` 0 means no pictures during training."""
 
-    log_every: int
+    log_every: Count
     sample_every: int
 
 

@@ -18,7 +18,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from mmcore_jax.config import UserError
+from mmcore_jax.config import TryAgain, UserError
 
 START_TIMEOUT = 600.0  # seconds that the processes of a run wait for each other at its start
 _PATIENCE = 24 * 3600 * 1000  # milliseconds that they do later: one may scan new data, the others wait
@@ -65,7 +65,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
     Process 0 listens on the port of the coordinator, which is not up yet, and tells the others who is missing.
 
     Raises:
-      UserError: in all that came, with the same sentence.
+      TryAgain: in all that came, with the same sentence.
     """
     deadline = time.monotonic() + timeout
     if index:
@@ -94,7 +94,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> None:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{_VERDICT} {verdict}\n".encode())
     if missing:
-        raise UserError(verdict)
+        raise TryAgain(verdict)
 
 
 def _listen(port: int) -> socket.socket:
@@ -118,10 +118,10 @@ def _answer(address: str, index: int, timeout: float, deadline: float) -> None:
             heard, problem = "", error.strerror or str(error)
         if heard == _VERDICT:
             if verdict.strip():
-                raise UserError(verdict.strip())
+                raise TryAgain(verdict.strip())
             return
         time.sleep(0.2)
-    raise UserError(
+    raise TryAgain(
         f"process 0 did not come to {address} within {timeout:g} s, says process {index} on {socket.gethostname()} "
         f"({problem}): see whether it runs, and whether this host can reach that address."
     )

@@ -61,15 +61,16 @@ def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
             f"config.mesh ({described}) does not divide the {len(devices)} {devices[0].platform} device(s): "
             f"its sizes must multiply to {len(devices)}."
         )
-    types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(filled, AXES, axis_types=types, devices=devices)
+    # What GPUs call a slice is a node, and fsdp may well go over several.
+    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "coords") else 1
     if filled[0] % slices:
         raise UserError(f"config.mesh.data is {filled[0]}: make it a multiple of the {slices} slices of TPUs.")
     inside, across = (filled[0] // slices, *filled[1:]), (slices, *(1 for _ in AXES[1:]))
-    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=types)
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(filled, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import itertools
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
 from mmcore_jax.training import bad_steps
-from mmcore_jax.training.checkpoint import Checkpoints, check_sources, inherited_statistics, initial_params
+from mmcore_jax.training.checkpoint import RUN_FILE, Checkpoints, check_sources, inherited_statistics, initial_params
 from mmcore_jax.training.compilation import compiled_step, keep_programs
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
@@ -319,6 +320,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(config.to_json())
         temporary.replace(path)
+        if not (workdir / RUN_FILE).exists():
+            (workdir / RUN_FILE).write_text(secrets.token_hex(8))
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}.") from error
 

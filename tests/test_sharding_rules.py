@@ -104,6 +104,38 @@ def test_named_parameters_keep_their_names_in_a_stack():
 
 
 def test_slices_are_split_along_the_data_axis():
-    devices = [types.SimpleNamespace(slice_index=n // 4, platform="tpu") for n in range(8)]
     with pytest.raises(UserError, match="data is 1: make it a multiple of the 2 slices"):
-        sharding.make_mesh(config.Mesh(1, 8, 1, 1), devices)
+        sharding.make_mesh(config.Mesh(1, 8, 1, 1), chips("TPU v5 lite", 2, 2, slices=2))
+
+
+def test_nodes_of_gpus_are_no_slices():
+    devices = [
+        Device(id=n, process_index=n // 4, slice_index=n // 4, platform="gpu", device_kind="H100") for n in range(8)
+    ]
+    placed = sharding.make_mesh(config.Mesh(1, 8, 1, 1), devices)
+    assert [*placed.devices.flat] == devices
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("sizes", [(1, 32, 1, 2), (2, 32, 1, 1), (1, 16, 4, 1)])
+def test_meshes_of_all_chips_split_their_axes(kind, sizes):
+    devices = chips(kind, *((4, 4, 4) if kind == "TPU v5" else (8, 8)))
+    assert sharding.make_mesh(config.Mesh(*sizes), devices).devices.shape == sizes
+
+
+class Device(types.SimpleNamespace):
+    """A stand-in that a mesh can be made of."""
+
+    __hash__ = object.__hash__
+
+
+def chips(kind: str, *shape: int, slices: int = 1) -> list:
+    """TPUs in a grid, four in a row of y and x to a process."""
+    places = [(n, place[::-1]) for n in range(slices) for place in np.ndindex(*shape[::-1])]
+    return [
+        Device(
+            id=number, process_index=number // 4, slice_index=n, coords=(*place, 0)[:3], core_on_chip=0,
+            platform="tpu", device_kind=kind,
+        )
+        for number, (n, place) in enumerate(places)
+    ]  # fmt: skip

@@ -85,8 +85,8 @@ def flow_losses_of_rows(forward: Forward, key: jax.Array) -> jax.Array:
     """The same of one batch, `[B, R, TIMESTEP_BINS]`; rows that generate nothing have 0."""
     batch = forward.batch
     _ = forward.visual_embeddings, forward.text_embeddings  # computed here, outside of the loop
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.row)
-    jitter = jax.vmap(lambda key: jax.random.uniform(key, (TIMESTEP_BINS,)))(keys)
+    keys, jittered = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)), out_axes=1)(batch.row)
+    jitter = jax.vmap(lambda key: jax.random.uniform(key, (TIMESTEP_BINS,)))(jittered)
     timesteps = (jnp.arange(TIMESTEP_BINS) + jitter) / TIMESTEP_BINS
     shape = batch.images.generated.shape
     tokens = jnp.maximum(jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED, axis=-1), 1)

@@ -260,7 +260,7 @@ class QwenVLModel(nn.Module):
             x = jnp.where((meta.kind == masks.IMAGE)[..., None], images, x)
         if queries is None:
             return x
-        asked = queries.astype(x.dtype)[jnp.maximum(source, 0) % queries.shape[0]]
+        asked = queries[jnp.maximum(source, 0) % queries.shape[0]].astype(x.dtype)  # gradients add up in float32
         return jnp.where((meta.kind == masks.QUERY)[..., None], asked, x)
 
     def decode(self, x: jax.Array, meta: TokenMeta, positions: jax.Array) -> jax.Array:

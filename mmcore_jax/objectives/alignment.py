@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from mmcore_jax import config as config_lib
 from mmcore_jax import sharding
+from mmcore_jax.config import UserError
 from mmcore_jax.data.layout import Interleaved
 from mmcore_jax.mmcore import MMCORE, Forward, Params
 
@@ -30,7 +31,11 @@ def loss(
 
 
 def measure(model: MMCORE, params: Params, batches: Sequence, mesh: Mesh) -> dict[str, jax.Array]:
-    """The mean target embedding over the generated images of the first batches, `{"target_mean": [N, D_visual]}`."""
+    """The mean target embedding over the generated images of the first batches, `{"target_mean": [N, D_visual]}`.
+
+    Raises:
+      UserError: if those generate no image.
+    """
 
     def add(total: tuple, params: Params, batch: Interleaved) -> tuple:
         targets = Forward(model, params, batch).target_embeddings
@@ -45,6 +50,11 @@ def measure(model: MMCORE, params: Params, batches: Sequence, mesh: Mesh) -> dic
         arrays = batches[number].arrays
         arrays = arrays._replace(images=arrays.images._replace(pixels=None))
         total = step(total, params, sharding.shard_batch(arrays, mesh))
+    if not total[1]:
+        raise UserError(
+            f"the first {MEASURED_BATCHES} batches generate no image, so that no mean of targets can be measured: give "
+            "a source that does a weight from step 0 on, or begin without config.objectives.alignment."
+        )
     return {"target_mean": total[0] / total[1]}
 
 

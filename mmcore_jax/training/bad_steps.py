@@ -7,6 +7,7 @@ since, the batches before the bad ones included, as PaLM did (arXiv:2204.02311, 
 alone would do nothing: they have changed nothing, and the same batches before them lead to the same parameters.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmcore_jax import processes
 from mmcore_jax.config import BadSteps, Config, UserError
 from mmcore_jax.data.pipeline import Batch
 
@@ -102,27 +104,36 @@ class Watch:
         return self.skipped
 
     def health(self, step: int, record: dict[str, Any] | None) -> Health:
-        """That of a checkpoint, without the bad steps for which the run came back to it."""
-        came_back = any(jump["to"] == step for jump in self._rollbacks)
-        return health(record and record | ({"in_a_row": 0} if came_back else {}))
+        """That of a checkpoint, without the bad steps for which the run came back to it.
+
+        Another range begins if the mixture changes in what is jumped over.
+        """
+        if not any(jump["to"] == step for jump in self._rollbacks):
+            return health(record)
+        earlier = [jump["batch"] - jump["to"] for jump in self._rollbacks if jump["to"] < step]
+        jumped = range(step + (earlier[-1] if earlier else 0), step + self.skipped)
+        changes = {"in_a_row": 0} | ({"seen": 0} if any(number in jumped for number in self._changes) else {})
+        return health(record and record | changes)
 
     def renew(self, number: int, before: Health) -> Health:
         """The health for batch `number`, which begins another range where another mixture of the data begins."""
         if number not in self._changes:
             return before
-        return before._replace(seen=jax.device_put(np.int32(0), before.seen.sharding))
+        return before._replace(seen=before.seen - before.seen)  # a 0 from the host is one that all processes compare
 
     def note(self, step: int, metrics: dict[str, float], batch: Batch) -> bool:
-        """Writes down a step if it is bad; returns whether it is one too many in a row."""
+        """Writes down a step if it is bad; returns whether it is one too many in a row. All processes call it."""
         self.in_a_row = int(metrics["bad_steps/in_a_row"])
         if not self.in_a_row:
             return False
         values = {name: repr(value) for name, value in metrics.items() if not name.startswith("bad_steps/")}
-        where = {"step": step, "batch": step - 1 + self.skipped, "process": jax.process_index()}
-        with self._log.open("a") as file:
-            file.write(json.dumps(where | {"ids": batch.ids, "metrics": values}) + "\n")
-        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in _NAMES)
-        print(f"bad step {step} ({shown}): no update; its batch is in {self._log}", file=sys.stderr, flush=True)
+        where = {"step": step, "batch": step - 1 + self.skipped}
+        ids = [*itertools.chain(*processes.gather(batch.ids))]
+        if processes.is_first():
+            with self._log.open("a") as file:
+                file.write(json.dumps(where | {"ids": ids, "metrics": values}) + "\n")
+            shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in _NAMES)
+            print(f"bad step {step} ({shown}): no update; its batch is in {self._log}", file=sys.stderr, flush=True)
         return self.in_a_row >= self._settings.in_a_row
 
     def roll_back(self, step: int, checkpoint: int) -> None:
@@ -145,7 +156,7 @@ class Watch:
 
     def _write(self, rollbacks: list[dict[str, int]]) -> None:
         self._rollbacks = rollbacks
-        if jax.process_index() == 0:
+        if processes.is_first():
             temporary = self._path.with_suffix(".tmp")
             with temporary.open("w") as file:
                 json.dump(rollbacks, file, indent=1)

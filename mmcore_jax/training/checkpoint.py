@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
+import time
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmcore_jax import config as config_lib
 from mmcore_jax import pretrained, sharding
-from mmcore_jax.config import Config, Lora, Model, UserError
+from mmcore_jax.config import FULL, Config, Lora, Model, TryAgain, UserError
 from mmcore_jax.data import packing
 from mmcore_jax.data.image import PROCESSOR_FILE, check_processor
 from mmcore_jax.data.text import check_same_tokenizer
@@ -37,6 +39,7 @@ from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
 RANDOM = "random"
+RUN_FILE = "run_id"  # in the workdir, at random: one that is deleted and begun again is another run
 PART_FILE = "part.json"
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
@@ -55,6 +58,7 @@ class Checkpoints:
             max_to_keep=config.checkpoint.keep,
             keep_period=config.checkpoint.keep_period or None,
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         handlers = _handlers(ocp.options.MultiprocessingOptions())
         lasting = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
@@ -65,6 +69,8 @@ class Checkpoints:
         self.latest_step = places[0][0] if places else None
         if config.checkpoint.local_every:
             self._drop_parts(places)
+            for part in self._managers["local"].directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Whether to save after a step."""
@@ -117,11 +123,8 @@ class Checkpoints:
         self.wait()
         damaged: list[tuple[int, str]] = []
         for step, tier in self._places():
-            directory, found, problem = self._managers[tier].directory / str(step), None, ""
-            try:
-                found = _read(directory, abstract)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            directory = self._managers[tier].directory / str(step)
+            found, problem = _read_twice(directory, abstract)
             problem = next(filter(None, gather(problem)), "") or _mismatch(*found)
             if not problem:
                 break
@@ -204,7 +207,8 @@ def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManag
     handlers: dict[str, Any] = {"record": ocp.JsonCheckpointHandler(multiprocessing_options=among)}
     for name in _TREES:
         handlers[name] = ocp.PyTreeCheckpointHandler(multiprocessing_options=among, type_handler_registry=registry)
-    of_run = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
+    identity = (workdir / RUN_FILE).read_text() if (workdir / RUN_FILE).exists() else ""
+    of_run = hashlib.sha256(f"{workdir.absolute()} {identity}".encode()).hexdigest()[:8]
     part = f"process_{jax.process_index()}_of_{jax.process_count()}"
     if jax.process_count() > 1:
         part += f"-mesh_{'_'.join(map(str, dataclasses.astuple(config.mesh)))}-devices_{jax.device_count()}"
@@ -223,14 +227,45 @@ def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManag
     )
 
 
+def _read_twice(directory: Any, abstract: State) -> tuple[Any, str]:
+    """What `_read` returns, or None and why; storage that refuses once may give it a moment later.
+
+    Raises:
+      UserError: as `_read` does.
+      JaxRuntimeError: where the devices have no room, which is no fault of the checkpoint.
+    """
+    try:
+        return _read(directory, abstract), ""
+    except UserError:
+        raise
+    except Exception:
+        time.sleep(1)
+    try:
+        return _read(directory, abstract), ""
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        return None, f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
 def _read(directory: Any, abstract: State) -> tuple[dict, dict[str, Any]]:
-    """The record and the arrays of a checkpoint. Each process reads by itself: if one fails, none waits for it."""
+    """The record and the arrays of a checkpoint. Each process reads by itself: if one fails, none waits for it.
+
+    Raises:
+      UserError: if the checkpoint has an EMA and the run has none, or the other way round.
+    """
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     options = ocp.CompositeOptions(multiprocessing_options=alone)
     handler = ocp.CompositeCheckpointHandler(composite_options=options, **_handlers(alone))
     reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
     record = reader.restore(directory, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    decay = record["config"]["optimizer"]["ema_decay"]
+    if bool(decay) != bool(abstract.ema):
+        raise UserError(
+            f"the checkpoint {directory} was made with config.optimizer.ema_decay {decay:g}: an EMA neither begins nor "
+            "ends within a run; set it back, or start anew with another --workdir."
+        )
     items = {"params": abstract.params, "opt_state": abstract.opt_state, "ema": abstract.ema}
     items["statistics"] = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=abstract.step.sharding)
@@ -259,14 +294,15 @@ def _flat(items: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns a full disk, and the like, into a `UserError`."""
+    """Turns a full disk into a `UserError`, and what may pass, as when storage does not answer, into `TryAgain`."""
     try:
         yield
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).split("\n")[0][-200:]  # the system's own words come last
-        raise UserError(
-            f"a checkpoint in {manager.directory} cannot be written ({reason}); the ones before it are intact: make "
-            "room, and run the same command again."
+        full = any(os.strerror(number) in str(error) for number in FULL)
+        raise (UserError if full else TryAgain)(
+            f"a checkpoint in {manager.directory} cannot be written ({reason}); the ones before it are intact: "
+            f"{'make room, and ' * full}run the same command again."
         ) from error
 
 

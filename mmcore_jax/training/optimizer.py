@@ -69,4 +69,5 @@ def make_optimizer(config: Config, assigned: dict[str, Tuning]) -> optax.Gradien
 
     transforms = {label: adamw(line) for label, line in lines.items()}
     partition = optax.partition(transforms, lambda params: {path: label_of[assigned[path]] for path in params})
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), partition)
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    return optax.chain(clip, partition)

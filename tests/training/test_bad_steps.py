@@ -145,6 +145,21 @@ def test_jumps_after_the_checkpoint_that_a_run_begins_at_are_forgotten(data, tmp
     assert bad_steps.Watch(tmp_path, config).begin(0) == 0
 
 
+@pytest.mark.parametrize(("change", "begins"), [(115, True), (194, True), (99, False), (195, False), (300, False)])
+def test_a_jump_over_another_mixture_begins_another_range(data, tmp_path, change, begins) -> None:
+    """The jump leaves out batches 100 to 194; at 195 `renew` begins another range, as it does without jumps."""
+    config = tiny.config("stage2", data)
+    sources = {"edit": dataclasses.replace(config.data.sources["edit_colour"], schedule=((change, 1.0),))}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    with pytest.raises(bad_steps.RolledBack):
+        bad_steps.Watch(tmp_path, config).roll_back(195, 100)
+    watch, record = bad_steps.Watch(tmp_path, config), judged(*usual(20), (np.nan, 1))[1].record()
+    assert int(watch.health(100, record).seen) == (0 if begins else 20)
+    assert int(watch.health(100, record).in_a_row) == 0
+    assert watch.health(110, record).record() == record
+    assert int(watch.renew(195, watch.health(100, record)).seen) == (0 if begins or change == 195 else 20)
+
+
 def test_a_record_of_health_is_exact() -> None:
     _, health = judged(*usual(3))
     assert same(jax.tree.leaves(health), jax.tree.leaves(bad_steps.health(json.loads(json.dumps(health.record())))))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmcore_jax import config as config_lib
-from mmcore_jax import sharding
+from mmcore_jax import sharding, train
 from mmcore_jax.config import UserError
 from mmcore_jax.training import checkpoint
 from mmcore_jax.training.checkpoint import Checkpoints
@@ -106,9 +106,48 @@ def test_a_damaged_checkpoint_is_passed_over(run, caplog, damage) -> None:
     assert run.restored() == 10
 
 
-def test_a_checkpoint_that_was_half_written_does_not_count(run) -> None:
+@pytest.mark.parametrize("name", ["10.orbax-checkpoint-tmp", "10.orbax-checkpoint-tmp-7"])
+def test_a_checkpoint_that_was_half_written_does_not_count_and_goes(run, name) -> None:
+    run.write(5, 6, local=True)
+    (local,) = run.local.glob("*/process_0_of_1")
+    halves = [run.directory / name, local / name]
+    for half in halves:
+        shutil.copytree(run.directory / "5", half)
+    assert run.restored(local=True) == 6
+    assert not any(half.exists() for half in halves)
+
+
+def test_a_workdir_that_is_begun_again_is_another_run(run) -> None:
+    """Whatever the run that had its name has left on the disk of the host."""
+    config = tiny.config("stage0", run.workdir)
+    train.claim(run.workdir, config)
+    run.write(3, local=True)
+    train.claim(run.workdir, config)
+    assert run.open(local=True).latest_step == 3
+    shutil.rmtree(run.workdir)
+    train.claim(run.workdir, config)
+    assert run.open(local=True).latest_step is None
+
+
+def test_what_storage_refuses_once_is_read_again(run, monkeypatch) -> None:
+    run.write(5, 10)
+    read, failures = checkpoint._read, [OSError(5, "Input/output error")]
+
+    def fail_once(*given):
+        if failures:
+            raise failures.pop()
+        return read(*given)
+
+    monkeypatch.setattr(checkpoint, "_read", fail_once)
+    assert run.restored() == 10
+    assert not failures
+
+
+def test_an_ema_does_not_begin_within_a_run(run, mesh) -> None:
     run.write(5)
-    shutil.copytree(run.directory / "5", run.directory / "10.orbax-checkpoint-tmp-7")
+    checkpoints, like = run.open(), state(0, mesh)
+    with pytest.raises(UserError, match=r"was made with config.optimizer.ema_decay 0\.\d+: an EMA neither begins"):
+        checkpoints.restore(like._replace(ema={}), {})
     assert run.restored() == 5
 
 
@@ -147,14 +186,24 @@ def test_of_what_another_process_lacks_nothing_stays(run, monkeypatch) -> None:
     assert {path.name for path in local.iterdir()} == {"6"}
 
 
-def test_a_full_disk_is_one_sentence(run, mesh, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words", "code"),
+    [
+        (OSError(28, "No space left on device"), r"No space left.*; the ones before it are intact: make room", 2),
+        (OSError(5, "Input/output error"), r"Input/output error\); the ones before it are intact: run the same", 75),
+        (ValueError("UNAVAILABLE: HTTP 503"), r"503\); the ones before it are intact: run the same", 75),
+    ],
+)
+def test_what_cannot_be_written_is_one_sentence(run, mesh, monkeypatch, error, words, code) -> None:
+    """A full disk is for the user to see to; what may pass is tried again by what has launched the run."""
     run.write(5)
     checkpoints = run.open()
 
     def fail(*_, **__) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoints._managers["lasting"], "save", fail)
-    with pytest.raises(UserError, match=r"run/checkpoints cannot be written \(.*No space left.*; the ones before it"):
+    with pytest.raises(UserError, match=rf"run/checkpoints cannot be written \(.*{words}") as raised:
         checkpoints.save(state(10, mesh), Constants({}, {}), 10, {})
+    assert raised.value.exit_code == code
     assert run.restored() == 5
