@@ -14,6 +14,8 @@ fail() {
   exit 2
 }
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || fail "bash 5.1 or later is needed, this is $BASH_VERSION."
+
 usage() { # of the script: its first comment
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
 }

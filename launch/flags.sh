@@ -8,5 +8,7 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 if [[ ,$1, == *,cuda,* ]]; then
   # Nothing else runs on the GPUs of a training job; JAX would take three quarters of their memory.
-  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+  if [[ -z ${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]]; then # its former name; JAX takes one of them only
+    export XLA_CLIENT_MEM_FRACTION="${XLA_CLIENT_MEM_FRACTION:-0.92}"
+  fi
 fi

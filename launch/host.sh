@@ -10,6 +10,7 @@ if [[ -n ${MMCORE_JAX_IMAGE:-} ]]; then # everything is installed
   # shellcheck source=launch/flags.sh
   source "$(dirname "${BASH_SOURCE[0]}")/flags.sh" "$extras"
 else
+  fetch_python=true # TPU VMs come with Python 3.10
   # shellcheck source=launch/environment.sh
   source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$extras"
 fi

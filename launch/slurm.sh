@@ -4,6 +4,7 @@
 #     bash launch/slurm.sh --nodes N --gpus N [OPTIONS] -- --config=configs/stage2.py:RECIPE [ARGUMENTS OF TRAIN]
 #
 # --gpus N         of each node
+# --cpus N         of each process, for the workers that read its data (default: what the cluster gives, often one)
 # --time LIMIT     of one attempt, as sbatch reads it (default: that of the partition)
 # --sbatch OPTION  any other of sbatch's, and again for more, for example --sbatch=--partition=batch
 # --attempts N     starts in all (default 100)
@@ -21,6 +22,7 @@ while (($#)); do
   case $1 in
     --nodes) need "$@" && nodes=$2 && shift ;;
     --gpus) need "$@" && gpus=$2 && shift ;;
+    --cpus) need "$@" && others+=(--cpus-per-task="$2") && shift ;;
     --time) need "$@" && others+=(--time="$2") && shift ;;
     --sbatch=*) others+=("${1#--sbatch=}") ;;
     --attempts) need "$@" && attempts=$2 && shift ;;

@@ -8,6 +8,8 @@ shift 2
 # shellcheck source=launch/environment.sh
 source launch/environment.sh cuda
 
+# Since SLURM 22.05 srun does not take this from the job.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 code=0
 srun --kill-on-bad-exit=1 python -m mmcore_jax.train --stopped_code=75 "$@" || code=$?
 if ((code == 0 || code == 2)); then

@@ -9,7 +9,8 @@
 # --spot           cheaper, and may be taken away at any moment
 # --project NAME   (default: that of gcloud)
 # --version NAME   of the software of its hosts (default: the one for TYPE)
-# --setup COMMAND  what each host does first, for example to mount the bucket that `runs` and `data` lie on
+# --setup COMMAND  what each host does first, at every start, for example to mount the bucket that the workdir, the data
+#                  and the checkpoints lie on: `data`, `runs` and `checkpoints` of this checkout are not copied
 # --attempts N     starts in all (default 100)
 # --delete         deletes the slice once the run is done; otherwise it stays, and is paid for
 # --dry-run        prints what it would do, as if nothing were there yet
@@ -54,8 +55,10 @@ esac
 version=${version:-$default}
 [[ -n $version ]] || fail "--version is needed for --type $type; see gcloud compute tpus versions list."
 
-cloud=(gcloud compute tpus "$kind") everywhere=(--worker=all)
-[[ $kind == tpu-vm ]] || everywhere+=(--node=all)
+cloud=(gcloud compute tpus "$kind") nodes=("$name")
+if ((slices > 1)); then
+  for ((index = 0; index < slices; index++)); do nodes[index]=$name-$index; done
+fi
 
 state() { # prints nothing where there is no such slice
   local field=state
@@ -100,18 +103,39 @@ ready() { # creates the slice where it is not there, and waits for it
   done
 }
 
+at_nodes() { # COMMAND...: for all nodes at once, @node@ standing for the name; a mistake (exit code 2) at one counts most
+  local node command started=() code=0 last
+  for node in "${nodes[@]}"; do
+    command=("${@//@node@/$node}")
+    echo "+ $(quoted "${command[@]}")"
+    if ! $dry_run; then
+      "${command[@]}" &
+      started+=($!)
+    fi
+  done
+  for node in "${started[@]}"; do
+    last=0
+    wait "$node" || last=$?
+    ((last == 0 || code == 2)) || code=$last
+  done
+  return "$code"
+}
+
 archive=$(mktemp -d)/mmcore_jax.tar.gz
 trap 'rm -rf "$(dirname "$archive")"' EXIT
 # What an earlier attempt may have left running holds the chips: it goes first.
-there="mkdir -p mmcore_jax && tar -xzf mmcore_jax.tar.gz -C mmcore_jax && cd mmcore_jax && { $setup; } &&"
+there="{ mkdir -p mmcore_jax && tar -xzf mmcore_jax.tar.gz -C mmcore_jax || exit 1; } && cd mmcore_jax && { $setup; } &&"
 there+=" { pkill -TERM -f [m]mcore_jax.train; while pgrep -f [m]mcore_jax.train >/dev/null; do sleep 1; done;"
 there+=" exec bash launch/host.sh tpu $(quoted "$@"); }"
 
 attempt() {
+  local here vm=(gcloud compute tpus tpu-vm) # of queued resources, ssh starts at 64 hosts at once and no more
   ready || return
-  run tar -czf "$archive" --exclude=./.git --exclude=./.venv --exclude=./data --exclude=./runs . || return
-  run "${cloud[@]}" scp "$archive" "$name:" "${where[@]}" "${everywhere[@]}" --quiet || return
-  run "${cloud[@]}" ssh "$name" "${where[@]}" "${everywhere[@]}" --quiet --command="$there" || return
+  mapfile -t here < <(find . -mindepth 1 -maxdepth 1 ! -name .git ! -name .venv ! -name data ! -name runs \
+    ! -name checkpoints | sort)
+  run tar -czf "$archive" "${here[@]}" || return 1
+  at_nodes "${vm[@]}" scp "$archive" @node@: "${where[@]}" --worker=all --quiet || return
+  at_nodes "${vm[@]}" ssh @node@ "${where[@]}" --worker=all --quiet --command="$there" || return
 }
 
 until_done attempt

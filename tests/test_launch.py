@@ -111,7 +111,11 @@ def test_shellcheck_finds_nothing() -> None:
                 "queued-resources delete pod --zone here --project ours --force --quiet",
             ],
         ),
-        ("tpu.sh", [*CLOUD, "--slices", "4"], ["--node-count=4 --node-prefix=pod", "--worker=all --node=all"]),
+        (
+            "tpu.sh",
+            [*CLOUD, "--slices", "4"],
+            ["--node-count=4 --node-prefix=pod", *(f"tpu-vm ssh pod-{node} --zone" for node in range(4))],
+        ),
         (
             "xpk.sh",
             ["--cluster", "c", "--zone", "z", "--type", "v5p-128", "--image", "i", "--slices", "2", "--create"],
@@ -125,10 +129,11 @@ def test_shellcheck_finds_nothing() -> None:
         ),
         (
             "slurm.sh",
-            ["--nodes", "4", "--gpus", "8", "--time", "8:00:00", "--sbatch=--partition=batch"],
+            ["--nodes", "4", "--gpus", "8", "--cpus", "12", "--time", "8:00:00", "--sbatch=--partition=batch"],
             [
                 "sbatch --job-name=mmcore_jax --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --requeue "
-                "--signal=TERM@300 --open-mode=append --output=slurm-%j.log --time=8:00:00 --partition=batch "
+                "--signal=TERM@300 --open-mode=append --output=slurm-%j.log --cpus-per-task=12 --time=8:00:00 "
+                "--partition=batch "
                 "launch/slurm_job.sh 100"
             ],
         ),
@@ -194,6 +199,16 @@ def test_a_mistake_of_the_user_is_not_tried_again(machine) -> None:
     assert actions(machine.calls()) == ["describe", "scp", "ssh"]
 
 
+def test_all_slices_train_at_once_and_a_mistake_at_one_counts_most(machine) -> None:
+    machine.answer("gcloud-describe", "0 ACTIVE")
+    machine.answer("gcloud-pod-0", "1", "1")
+    machine.answer("gcloud-pod-1", "0", "2")
+    code, _, _ = machine.run("tpu.sh", *CLOUD, "--slices", "2", *TRAIN)
+    assert code == 2
+    started = [call.split()[5] for call in machine.calls() if " ssh " in call]
+    assert [sorted(started[:2]), sorted(started[2:])] == [["pod-0", "pod-1"]] * 2
+
+
 def test_attempts_end(machine) -> None:
     machine.answer("gcloud-describe", "0 READY")
     machine.answer("gcloud-ssh", "1")
@@ -253,7 +268,8 @@ def test_a_signal_reaches_all_processes(machine) -> None:
 
 
 def test_what_is_set_already_stays() -> None:
-    show = "source launch/flags.sh cuda,openmoji; echo $XLA_PYTHON_CLIENT_MEM_FRACTION/$GLIBC_TUNABLES"
+    show = "source launch/flags.sh cuda,openmoji; "
+    show += "echo ${XLA_CLIENT_MEM_FRACTION:-$XLA_PYTHON_CLIENT_MEM_FRACTION}/$GLIBC_TUNABLES"
 
     def shown(**given: str) -> str:
         environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
@@ -261,8 +277,26 @@ def test_what_is_set_already_stays() -> None:
         return ran.stdout.strip()
 
     assert shown() == "0.92/glibc.malloc.hugetlb=1"
+    assert shown(XLA_CLIENT_MEM_FRACTION="0.5") == "0.5/glibc.malloc.hugetlb=1"
     assert shown(XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == "0.5/glibc.malloc.hugetlb=1"
     assert shown(GLIBC_TUNABLES="glibc.malloc.arena_max=1") == "0.92/glibc.malloc.arena_max=1"
+
+
+def test_a_host_with_an_old_python_gets_a_newer_one(machine, tmp_path) -> None:
+    shutil.copy(LAUNCH / "environment.sh", machine.launch)
+    shutil.copy(REPOSITORY / "setup.py", tmp_path)
+    for name in ("python3", "python3.13", "python3.12", "python3.11"):
+        machine.have(name)
+        machine.answer(f"{name}--c", "1")
+    machine.have("fetched")
+    machine.answer("python3-find", f"0 {machine.fakes}/fetched")
+    (machine.fakes / "fetched").write_text(
+        '#!/bin/bash\n[[ $2 != venv ]] || { mkdir -p .venv/bin && echo "# $PWD/.venv" >.venv/bin/activate; }\n'
+    )
+    code, _, error = machine.run("host.sh", "tpu", *TRAIN[1:])
+    assert code == 0, error
+    assert machine.calls()[-1].startswith("python -m mmcore_jax.train --stopped_code=75 --config=")
+    assert any("-m uv python install" in call for call in machine.calls())
 
 
 def test_an_environment_that_is_a_link_is_not_emptied(tmp_path) -> None:

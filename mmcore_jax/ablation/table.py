@@ -127,6 +127,7 @@ VARIANTS = {
     "text_only": Variant({"stage2": {f"{_DROPOUT}.visual": _ALWAYS, f"{_DROPOUT}.text": _NEVER}}, "text"),
     "constant_dropout": Variant({"stage2": {f"{_DROPOUT}.text.start": 0.1}}),
     "history_visual": Variant({"documents": {"model.dit.visibility": "history_visual"}}),
+    # Images that are given have no queries: what is added to their patches is the mean of what the VLM makes of them.
     "clean_visual": Variant({"stage2": {"model.dit.clean_visual": True}}),
     "full_attention": Variant({"stage2": {"model.dit.visibility": "full"}}),
     "sft": Variant(
