@@ -11,6 +11,7 @@ The fourth computes what frozen parts make of the examples, as `config.data.feat
 """
 
 import argparse
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -145,10 +146,10 @@ def _precompute(config: Config, part: tuple[int, int]) -> None:
 
 def _show(reader: Reader, scans: list[scan.Scan], count: int, path: pathlib.Path) -> None:
     rows = []
-    for number, indices in enumerate(found.usable for found in scans):
-        for chosen in indices[:: max(1, len(indices) // count)][:count]:
-            rows.append(survey.view(reader.prepare(number, int(chosen)), reader.tokenizer))
-    largest = max(max(image.shape) for row in rows for image, _ in row)
+    for number, found in enumerate(scans):
+        chosen = found.some(count, functools.partial(reader.prepare, number))
+        rows += [survey.view(prepared, reader.tokenizer) for prepared in chosen]
+    largest = max((max(image.shape) for row in rows for image, _ in row), default=1)
     sheet(rows, max(1, _PAGE_SIDE // largest)).save(path)
     print(f"{path}: {len(rows)} examples")
 

@@ -26,7 +26,7 @@ from mmcore_jax import processes, sharding
 from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.data import image, packing
 from mmcore_jax.data.example import Example
-from mmcore_jax.data.pipeline import Batch, Batches, Ledger
+from mmcore_jax.data.pipeline import Batch, Batches, Ledger, check_contents
 from mmcore_jax.data.plan import Position
 from mmcore_jax.data.text import keep_tokenizer
 from mmcore_jax.evaluation.sheet import Cell, sheet
@@ -113,6 +113,7 @@ def run(
     whole = dataclasses.replace(config, total_steps=config.total_steps + skipped)
     with processes.first_goes_ahead():  # and measures what has not been measured yet
         batches = Batches(whole, jax.process_index(), jax.process_count(), start, weights)
+    check_contents(processes.gather(batches.contents), seen.get("contents"))
     ledger = Ledger(config, processes.gather if jax.process_count() > 1 else None, seen.get("ledger"))
     gauges = Gauges(config, model, plan, mesh, batches.tokenizer, seen.get("gauges"))
     if processes.is_first():
@@ -185,7 +186,8 @@ def run(
                 with goodput.spent_on("checkpoint"):
                     ledger.share()
                     seen = {"position": batch.position._asdict(), "ledger": ledger.record(), "gauges": gauges.record}
-                    seen |= {"health": state.health.record(), "useful_seconds": goodput.seconds["useful"]}
+                    seen |= {"contents": batches.contents, "health": state.health.record()}
+                    seen |= {"useful_seconds": goodput.seconds["useful"]}
                     checkpoints.save(state, constants, step, seen, last)
             if last and step < config.total_steps:
                 break

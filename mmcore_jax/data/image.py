@@ -30,6 +30,7 @@ MAXIMUM_PIXELS = 64_000_000
 MAXIMUM_SIDE = 32_768
 MAXIMUM_ASPECT_RATIO = 200
 _LARGE = 256 * 256  # pixels
+_PNG_DEPTH = 24  # the byte of a file that counts the bits of a value
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image, in pixels, as Pillow has them."""
 # Pillow knows dozens more, some of which run other programs.
@@ -110,6 +111,8 @@ def _load(image: Image.Image, encoded: bytes) -> Image.Image:
                 raise BadExample("image has damaged JPEG data") from error
     if image.format == "PNG":
         _open(encoded).verify()
+        if image.mode == "L" and "transparency" in image.info:  # Pillow scales values of 2 and 4 bits, but not this one
+            image.info["transparency"] *= 255 // (2 ** encoded[_PNG_DEPTH] - 1)
     image.load()
     return image
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmcore_jax.config import Config
-from mmcore_jax.data import geometry, packing, scan
+from mmcore_jax.config import Config, UserError
+from mmcore_jax.data import geometry, image, packing, scan
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Shape
 from mmcore_jax.data.layout import Interleaved, Pairs
@@ -95,6 +96,14 @@ class Batches(grain.MapDataset):
     def tokenizer(self) -> Any:
         return self._reader.tokenizer
 
+    @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """For each source, what stands for its records, and for those of them that are used: the order follows."""
+        return {
+            source.name: f"{identity}-{zlib.crc32(scan.table['reason'].tobytes()):08x}"
+            for source, (identity, _), scan in zip(self._reader.sources, self._reader.identities, self.scans)
+        }
+
     def __len__(self) -> int:
         return self._config.total_steps
 
@@ -127,10 +136,17 @@ class Batches(grain.MapDataset):
         return iter(batches)
 
     def examples(self, per_source: int) -> list[Example]:
-        """A few usable examples of each source, evenly spaced."""
-        usable = [scan.usable for scan in self.scans]
-        chosen = [indices[:: max(1, len(indices) // per_source)][:per_source] for indices in usable]
-        return [self._reader.read(number, int(index)) for number, indices in enumerate(chosen) for index in indices]
+        """A few usable examples of each source, evenly spaced; their images decode."""
+        reads = [functools.partial(self._read_whole, number) for number in range(len(self.scans))]
+        return [example for scan, read in zip(self.scans, reads) for example in scan.some(per_source, read)]
+
+    def _read_whole(self, number: int, index: int) -> Example:
+        """Returns an example as it is; raises `BadExample`, also for damage beyond the header of an image."""
+        example = self._reader.read(number, index)
+        for segment in example["segments"]:
+            if segment["type"] == "image":
+                image.open_rgb(segment["image"])
+        return example
 
     def _prepare(self, row: list, skipped: list[Skipped]) -> list[Prepared]:
         """The examples of a row that can be read; adds to `skipped`."""
@@ -163,6 +179,23 @@ def _end_with(parent: int, *_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def check_contents(contents: list[dict[str, str]], before: dict[str, str] | None) -> None:
+    """Raises `UserError` where processes find other records than the first, or the run other ones than `before`."""
+    for name, found in contents[0].items():
+        others = [str(process) for process, theirs in enumerate(contents) if theirs[name] != found]
+        if others:
+            raise UserError(
+                f"data source {name!r} is not the same everywhere: process {', '.join(others)} of {len(contents)} "
+                "finds or can read other records than process 0; give it the same shards, and delete its "
+                "config.data.index."
+            )
+        if before and before[name] != found:
+            raise UserError(
+                f"data source {name!r} has other records than this run has drawn from so far, so that their order "
+                "would change: bring those back, or begin another run from its checkpoint (config.init)."
+            )
 
 
 class Ledger:

@@ -44,17 +44,19 @@ class Reader:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         chat = layout.ChatFormat(self.tokenizer) if config.data.layout == "interleaved" else None
         sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
-        self.__setstate__((config, weights or {}, sources, Encoder(self.tokenizer), chat, []))
+        self.__setstate__((config, weights or {}, sources, Encoder(self.tokenizer), chat, [], None))
         self._stores = [features.stores(config, self, number, self._weights) for number in range(len(sources))]
         for source, stores in zip(self.sources, self._stores):
             for store in stores:
                 features.check(config, source.name, store)
 
     def __getstate__(self) -> tuple:
-        return self._config, self._weights, self.sources, self.encode, self._chat, self._stores
+        return self._config, self._weights, self.sources, self.encode, self._chat, self._stores, self.identities
 
     def __setstate__(self, state: tuple) -> None:
-        config, self._weights, self.sources, self.encode, self._chat, self._stores = state
+        config, self._weights, self.sources, self.encode, self._chat, self._stores, identities = state
+        if identities:  # which take a while to compute
+            self.identities = identities
         self._config, self._data, self.sizes, self.shown = config, config.data, None, None
         if self._chat:
             self.sizes = geometry.derive(config.model, config.data)

@@ -5,11 +5,13 @@ that stands for the records, the tokenizer and the sizes that it was made with, 
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -38,6 +40,16 @@ class Scan(NamedTuple):
     def usable(self) -> np.ndarray:
         """The indices of the examples that can be used, ascending."""
         return np.flatnonzero(self.table["reason"] == 0)
+
+    def some(self, count: int, read: Callable[[int], Any]) -> list:
+        """What `read` makes of up to `count` usable examples, evenly spaced; of the next one where one is bad to it."""
+        usable, found, place = self.usable, [], 0
+        step = max(1, len(usable) // count)
+        while len(found) < count and place < len(usable):
+            with contextlib.suppress(BadExample):
+                found.append(read(int(usable[place])))
+            place = max(place + 1, len(found) * step)
+        return found
 
     @property
     def bad(self) -> dict[str, int]:

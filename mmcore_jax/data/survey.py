@@ -32,21 +32,17 @@ class Survey(NamedTuple):
     images: collections.Counter[int]
     bad: collections.Counter[str]
     shortened: collections.Counter[str]
-    hashes: list[int]
-
-    def __add__(self, other: "Survey") -> "Survey":
-        return Survey(*(mine + theirs for mine, theirs in zip(self, other)))
+    hashes: np.ndarray  # of what examples hold, uint64 [n]
 
     @property
     def duplicates(self) -> int:
         """How many examples hold what another one before them holds."""
-        return len(self.hashes) - len(set(self.hashes))
+        return len(self.hashes) - len(np.unique(self.hashes))
 
 
 def survey(reader: Reader, number: int, progress: Progress, workers: int = 1) -> Survey:
     """Reads all of source `number`, with `workers` processes."""
-    parts = over_source(_count, _CHUNK, reader, number, progress, "reading", workers)
-    return sum(parts, _nothing())
+    return _merge(over_source(_count, _CHUNK, reader, number, progress, "reading", workers))
 
 
 def utilisation(config: Config, scans: list[Scan]) -> dict[str, float]:
@@ -100,29 +96,35 @@ def view(prepared: Prepared, tokenizer: Any) -> list[tuple[np.ndarray, str]]:
     return [(np.full((1, width, 3), 255, np.uint8), f"{prepared.id}: {text}"), *cells]
 
 
-def _nothing() -> Survey:
-    return Survey(*(collections.Counter() for _ in range(5)), [])
+def _merge(parts: list[Survey]) -> Survey:
+    *counters, hashes = zip(*parts) if parts else ((),) * len(Survey._fields)
+    totals = [collections.Counter() for _ in counters]
+    for total, counts in zip(totals, counters):
+        for count in counts:
+            total.update(count)
+    return Survey(*totals, np.concatenate([np.zeros(0, np.uint64), *hashes]))
 
 
 def _count(reader: Reader, number: int, first: int, last: int) -> Survey:
-    found = _nothing()
+    tasks, texts, images, bad, shortened = (collections.Counter() for _ in range(5))
+    hashes = []
     for index in range(first, last):
         try:
             example = reader.read(number, index)
-            shortened = reader.prepare(number, index).shortened
-        except BadExample as bad:
-            found.bad[str(bad)] += 1
+            how = reader.prepare(number, index).shortened
+        except BadExample as reason:
+            bad[str(reason)] += 1
             continue
-        found.tasks[example["task"]] += 1
-        found.hashes.append(_hash(example))
-        if shortened:
-            found.shortened[shortened] += 1
+        tasks[example["task"]] += 1
+        hashes.append(_hash(example))
+        if how:
+            shortened[how] += 1
         for segment in example["segments"]:
             if segment["type"] == "text":
-                found.texts[_power(len(reader.encode(segment["text"])))] += 1
+                texts[_power(len(reader.encode(segment["text"])))] += 1
             else:
-                found.images[_power(math.sqrt(math.prod(image_lib.read_size(segment["image"]))))] += 1
-    return found
+                images[_power(math.sqrt(math.prod(image_lib.read_size(segment["image"]))))] += 1
+    return Survey(tasks, texts, images, bad, shortened, np.array(hashes, np.uint64))
 
 
 def _hash(example: Example) -> int:

@@ -148,6 +148,12 @@ def indexed() -> Image.Image:
     return image
 
 
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    """Several values of so many bits in a byte."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    return (values.reshape(len(values), -1, len(shifts)) << shifts).sum(axis=2).astype(np.uint8)
+
+
 def frames(kind: str, **options) -> bytes:
     colours = [Image.new("RGB", (9, 13), name) for name in ("red", "lime", "blue")]
     return encode(colours[0], kind, save_all=True, append_images=colours[1:], **options)
@@ -164,6 +170,14 @@ FILES = {
     ),
     "grey of 16 bits, TIFF": (encode(Image.fromarray(WIDE[..., 0].astype(np.uint16)), "TIFF"), grey(HIGH[..., 0])),
     "colour of 16 bits": (png(9, 13, 16, 2, WIDE[..., :3]), HIGH[..., :3]),
+    "grey of 2 bits, one value clear": (
+        png(8, 13, 2, 0, packed(INDICES[:, :8], 2), (b"tRNS", struct.pack(">H", 1))),
+        grey(np.where(INDICES[:, :8] == 1, 255, 85 * INDICES[:, :8])),
+    ),
+    "grey of 4 bits, one value clear": (
+        png(8, 13, 4, 0, packed(GREY[:, :8] >> 4, 4), (b"tRNS", struct.pack(">H", GREY[0, 0] >> 4))),
+        grey(np.where(GREY[:, :8] >> 4 == GREY[0, 0] >> 4, 255, 17 * (GREY[:, :8] >> 4))),
+    ),
     "one grey clear": (
         png(9, 13, 8, 0, GREY, (b"tRNS", struct.pack(">H", GREY[2, 3]))),
         grey(np.where(GREY[2, 3] == GREY, 255, GREY)),

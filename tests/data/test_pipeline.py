@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mmcore_jax import config
+from mmcore_jax import config, prepare
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example, text
-from mmcore_jax.data.pipeline import Batches, Ledger
+from mmcore_jax.data.pipeline import Batches, Ledger, check_contents
 from mmcore_jax.data.sources import open_source
+from mmcore_jax.data.sources.sharded import Sharded
 from tests.rows import document, png
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -236,6 +239,42 @@ def test_bad_records_are_skipped_and_counted(data):
     assert set(seen) == {f"drawing-{i}" for i in range(8)}
     assert ledger.metrics() == {"data/share/partly": 1.0, "data/bad/partly": count}
     assert Ledger(settings, None, ledger.record()).record() == ledger.record()
+
+
+def test_damaged_images_are_not_shown(data, tmp_path, capsys):
+    """The scan does not see that one is cut: its header is whole."""
+    batches = Batches(make_config(data, limit=0.5, sources=("partly",)))
+    assert len(batches.scans[0].usable) == 9
+    assert [one["id"] for one in batches.examples(9)] == [f"drawing-{i}" for i in range(8)]
+    prepare._show(batches._reader, batches.scans, 9, tmp_path / "sheet.png")
+    assert "sheet.png: 8 examples" in capsys.readouterr().out
+
+
+def test_what_the_order_follows_from_is_the_same_everywhere_and_later(data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved, ignore=shutil.ignore_patterns("index"))
+    ours, theirs = Batches(make_config(data)).contents, Batches(make_config(moved)).contents
+    check_contents([ours, theirs], ours)
+    check_contents([ours], None)
+    write(moved / "edits-more.array_record", [example.encode(one) for one in edits(1)])
+    more = Batches(make_config(moved))
+    assert {name for name in ours if more.contents[name] != ours[name]} == {"edits"}
+    with pytest.raises(UserError, match=r"'edits' is not the same everywhere: process 2 of 3 finds"):
+        check_contents([ours, ours, more.contents], ours)
+    with pytest.raises(UserError, match=r"'edits' has other records than this run has drawn from so far"):
+        check_contents([more.contents] * 2, ours)
+    (table, reasons), scans = more.scans[0], more.scans
+    table = np.array(table)
+    table["reason"][3] = 1  # could not be read here
+    more.scans = [type(scans[0])(table, reasons), *scans[1:]]
+    del more.contents
+    assert more.contents["drawings"] != ours["drawings"]
+
+
+def test_other_processes_hash_no_shards(data, monkeypatch):
+    pickled = pickle.dumps(Batches(make_config(data)))
+    monkeypatch.setattr(Sharded, "fingerprint", None)
+    assert len(pickle.loads(pickled)) == STEPS  # noqa: S301
 
 
 def test_too_many_bad_records_stop_the_run(data):

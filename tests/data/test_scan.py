@@ -8,6 +8,7 @@ import pytest
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data import scan
+from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.reader import Reader
 from tests.data.test_pipeline import data, make_config  # noqa: F401 (a fixture)
 
@@ -60,6 +61,29 @@ def test_a_scan_of_something_else_is_not_used(config, data, tmp_path, what):  # 
         changed = dataclasses.replace(changed, tokenizer=str(tmp_path / "tokenizer"))
     load(dataclasses.replace(config, data=changed))
     assert len(list((tmp_path / "index").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "expected"),
+    [
+        (3, [], [2, 5, 8]),
+        (3, [5], [2, 6, 8]),
+        (3, [5, 6, 7], [2, 8, 9]),
+        (3, range(3, 12), [2]),
+        (20, [4], [2, 3, *range(5, 12)]),
+    ],
+)
+def test_some_examples(count, bad, expected):
+    """Evenly spaced, and in the place of a bad one the next."""
+
+    def read(index):
+        if index in bad:
+            raise BadExample("damaged")
+        return index
+
+    found = scan.Scan(np.zeros(12, scan._RECORD), ["unusable"])
+    found.table["reason"][:2] = 1
+    assert found.some(count, read) == expected
 
 
 def test_worker_processes_find_the_same(config, tmp_path, monkeypatch):

@@ -25,11 +25,14 @@ def make_example(record: Mapping, settings: config.Source, name: str, find_image
         segments = _document(record, find_image)
     else:
         segments = [segment for column in settings.segments for segment in _mapped(record, column, find_image)]
-    task = record.get("task", settings.task)
+    identity, task = record.get("id"), record.get("task")
+    identity = str(identity) if isinstance(identity, int) else identity
+    if settings.segments is not None:  # columns of other meanings may have these names
+        identity, task = _text_or_none(identity), _text_or_none(task)
+    identity = name if identity is None else identity
+    task = settings.task if task is None else task
     if task is None:
         raise BadExample("no task, neither in the record nor in the config")
-    identity = record.get("id", name)
-    identity = str(identity) if isinstance(identity, int) else identity
     return example_lib.validate({"id": _utf8(identity), "task": _utf8(task), "segments": segments})
 
 
@@ -125,11 +128,23 @@ def _image(value: Any, find_image: FindImage) -> bytes:
     return value
 
 
+def _text_or_none(value: Any) -> str | None:
+    """Text, also as UTF-8; None for what is none."""
+    try:
+        value = _utf8(value)
+    except BadExample:
+        return None
+    return value if isinstance(value, str) else None
+
+
 def _utf8(value: Any) -> Any:
-    """Text from bytes; text that no UTF-8 can hold is refused, what is no text passes on to be refused by its type."""
+    """Text from bytes, without a byte order mark.
+
+    Text that no UTF-8 can hold is refused, what is no text passes on to be refused by its type.
+    """
     try:
         if isinstance(value, bytes):
-            return value.decode()
+            return value.decode("utf-8-sig")
         if isinstance(value, str):
             value.encode()
     except UnicodeError as error:

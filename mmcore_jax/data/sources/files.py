@@ -9,10 +9,12 @@ import fnmatch
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from mmcore_jax.config import UserError
@@ -23,6 +25,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _RANGES = re.compile(r"\*?(?:\{\d+\.\.\d+\}\*?)+")  # with the stars beside them: `**` means something else
 _NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.[a-z_.]+$")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+_DANGLING = "dangling link"
 _VERSIONS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "created")
 
 
@@ -98,12 +101,21 @@ def exists(path: str) -> bool:
     return filesystem.exists(inner)
 
 
+def absolute(path: str) -> str:
+    """A path as shards have it: a local one from the root, a remote one with its protocol."""
+    return _shown(*fsspec.url_to_fs(path))
+
+
 def relative_names(paths: Iterable[str]) -> list[str]:
     """Paths below their common directory."""
     parts = [path.split("/") for path in paths]
     levels = zip(*(names[:-1] for names in parts))
     common = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     return ["/".join(names[common:]) for names in parts]
+
+
+def _shown(filesystem: AbstractFileSystem, inner: str) -> str:
+    return inner if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(inner)
 
 
 def _is_local(path: str) -> bool:
@@ -125,19 +137,33 @@ def _list(name: str, pattern: str) -> Iterator[Shard]:
         raise UserError(f"data source {name!r} has a brace that is no range such as {{00000..00999}} in {pattern}.")
     try:
         filesystem, stars = fsspec.url_to_fs(_RANGES.sub("*", pattern))
-        listed = filesystem.glob(stars, detail=True)
+        listed = {path: _followed(info) for path, info in filesystem.glob(stars, detail=True).items()}
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"data source {name!r} cannot list {pattern}: {error}.") from error
-    found = {p: i for p, i in sorted(listed.items()) if i["type"] == "file" and not p.endswith(INDEX_SUFFIX)}
+    shards = (path for path in sorted(listed) if not path.endswith(INDEX_SUFFIX))
+    found = {path: listed[path] for path in shards if listed[path]["type"] in ("file", _DANGLING)}
     if not found:
         raise UserError(
             f"data source {name!r} finds no shards at {pattern}: "
             "check the path, or make them with python -m mmcore_jax.prepare."
         )
     for path in _in_ranges(name, pattern, found):
-        shown = path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path)
+        if found[path]["type"] == _DANGLING:
+            raise _missing(name, path)
         version = next((str(found[path][key]) for key in _VERSIONS if found[path].get(key)), "")
-        yield Shard(shown, found[path]["size"] or 0, version)
+        yield Shard(_shown(filesystem, path), found[path]["size"] or 0, version)
+
+
+def _followed(info: dict) -> dict:
+    """What is listed of a path; of a local link, which fsspec describes as it is, what lies where it leads."""
+    if not info.get("islink"):
+        return info
+    try:
+        there = os.stat(info["name"])
+    except FileNotFoundError:
+        return {**info, "type": _DANGLING}
+    kind = "file" if stat.S_ISREG(there.st_mode) else "other"
+    return {**info, "type": kind, "size": there.st_size, "mtime": there.st_mtime}
 
 
 def _in_ranges(name: str, pattern: str, found: Iterable[str]) -> Iterator[str]:
@@ -160,14 +186,13 @@ def _numbers(first: str, last: str) -> list[str]:
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
-def _check_complete(name: str, paths: Iterable[str]) -> None:
+def _check_complete(name: str, paths: Collection[str]) -> None:
     """Raises `UserError` naming the first shard that a set `-00000-of-0000N` lacks."""
-    for path in paths:
-        match = _NUMBERED.search(path)
-        if not match:
-            continue
-        for number in range(int(match[2])):
-            expected = path[: match.start(1)] + f"{number:05d}" + path[match.end(1) :]
+    matches = filter(None, map(_NUMBERED.search, paths))
+    sets = dict.fromkeys((m.string[: m.start(1)], int(m[2]), m.string[m.end(1) :]) for m in matches)
+    for prefix, total, suffix in sets:
+        for number in range(total):
+            expected = f"{prefix}{number:05d}{suffix}"
             if expected not in paths and not exists(expected):
                 raise _missing(name, expected)
 

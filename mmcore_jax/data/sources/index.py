@@ -25,7 +25,7 @@ def build_indexes(name: str, settings: config.Source, progress: Progress, worker
     """Indexes the shards of a source that need an index and have none, or a stale one; returns how many those were.
 
     Raises:
-      UserError: if the shards are not found or not of that format, or an index cannot be written beside them.
+      UserError: if the shards are not found or not of that format, or an index beside them cannot be read or written.
     """
     if settings.kind not in KINDS:
         return 0
@@ -38,7 +38,7 @@ def load(name: str, settings: config.WebDataset | config.JsonLines, shard: Shard
     """The index of a shard.
 
     Raises:
-      UserError: if there is none, or it is of another version of the shard.
+      UserError: if there is none, it cannot be read, or it is of another version of the shard.
     """
     batch = _load(shard)
     if batch is not None:
@@ -67,9 +67,15 @@ class Indexed(Sharded):
 def _load(shard: Shard) -> pa.RecordBatch | None:
     path = shard.path + INDEX_SUFFIX
     try:
-        with pa.memory_map(path) if "://" not in path else pa.BufferReader(files.read_all(path)) as file:
+        opened = pa.memory_map(path) if "://" not in path else pa.BufferReader(files.read_all(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read the index {path}: {error}.") from error
+    try:
+        with opened as file:
             batch = pa.ipc.open_file(file).get_batch(0)  # stays mapped, without a descriptor
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid):  # what Arrow raises on damage
         return None
     return batch if batch.schema.metadata == _metadata(shard) else None
 

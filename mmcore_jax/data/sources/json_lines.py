@@ -7,13 +7,18 @@ import fsspec
 import pyarrow as pa
 
 from mmcore_jax.data.example import BadExample, Example
-from mmcore_jax.data.sources import document, files
+from mmcore_jax.data.sources import document, files, sharded
 from mmcore_jax.data.sources.files import Shard
 from mmcore_jax.data.sources.index import Indexed
 
 
 class Source(Indexed):
     """Records of indexed files of JSON lines."""
+
+    def fingerprint(self) -> str:
+        """As of other shards, and of where the folder of images lies as seen from them."""
+        beside = files.relative_names([self.shards[0].path, files.absolute(self._settings.images)])
+        return sharded.fingerprint(self._settings, [super().fingerprint(), beside])
 
     def _read(self, shard: int, row: int) -> Example:
         offsets, (path, size, _) = self._indices[shard].column("offset"), self.shards[shard]

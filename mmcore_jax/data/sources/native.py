@@ -42,7 +42,8 @@ def convert(
     Raises:
       UserError: if the directory holds another conversion of that name, or cannot be written.
     """
-    job = _Job(source, pathlib.Path(directory), shards)
+    identity = {"source": source.fingerprint(), "records": len(source), "shards": shards}
+    job = _Job(source, pathlib.Path(directory), shards, identity)
     try:
         job.directory.mkdir(parents=True, exist_ok=True)
         finished = job.read_finished()
@@ -65,12 +66,10 @@ class _Job(NamedTuple):
     source: RandomAccess
     directory: pathlib.Path
     shards: int
+    identity: dict
 
     def path(self, shard: int) -> pathlib.Path:
         return self.directory / f"{self.source.name}-{shard:05d}-of-{self.shards:05d}.array_record"
-
-    def identity(self) -> dict:
-        return {"source": self.source.fingerprint(), "records": len(self.source), "shards": self.shards}
 
     def manifest(self) -> pathlib.Path:
         return self.directory / f"{self.source.name}.json"
@@ -81,7 +80,7 @@ class _Job(NamedTuple):
             self.write_finished({})
             return {}
         found = json.loads(self.manifest().read_text())
-        if found["job"] != self.identity():
+        if found["job"] != self.identity:
             raise UserError(
                 f"{self.manifest()} is of another source or number of shards: delete it and its shards, or choose "
                 "another directory."
@@ -90,7 +89,7 @@ class _Job(NamedTuple):
 
     def write_finished(self, finished: dict[str, dict]) -> None:
         partial = self.manifest().with_suffix(".partial")
-        partial.write_text(json.dumps({"job": self.identity(), "finished": finished}))
+        partial.write_text(json.dumps({"job": self.identity, "finished": finished}))
         os.replace(partial, self.manifest())
 
 

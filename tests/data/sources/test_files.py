@@ -1,5 +1,6 @@
 """Which files a pattern means."""
 
+import os
 import pathlib
 
 import fsspec
@@ -100,3 +101,44 @@ def test_mistakes(folder):
 def test_part_of_a_numbered_set(folder):
     """One shard may be named alone where the others lie beside it."""
     assert names(f"{folder}/sub/b-00001-of-00003.tar", folder) == ["sub/b-00001-of-00003.tar"]
+
+
+def test_links(folder):
+    """As Hugging Face keeps what it has downloaded; what a link leads to is what changes."""
+    (folder / "links").mkdir()
+    for number in range(2):
+        (folder / f"links/{number}.tar").symlink_to(folder / f"a-{number:02d}.tar")
+    (folder / "links/folder.tar").symlink_to(folder / "sub")
+    assert names(f"{folder}/links/*.tar", folder) == ["links/0.tar", "links/1.tar"]
+    (target,) = files.find("x", f"{folder}/a-00.tar")
+    for pattern in ("links/*.tar", "links/0.tar"):
+        assert files.find("x", f"{folder}/{pattern}")[0][1:] == target[1:]
+    os.utime(target.path, ns=(1, 1))
+    assert files.find("x", f"{folder}/links/*.tar")[0].version != target.version
+
+
+def test_a_link_that_leads_nowhere(folder):
+    (folder / "a-13.tar").symlink_to(folder / "gone")
+    for pattern in ("a-*.tar", "a-{10..13}.tar"):
+        with pytest.raises(UserError, match=r"'x' lacks the shard .*/a-13.tar"):
+            files.find("x", f"{folder}/{pattern}")
+    assert len(names(f"{folder}/a-{{00..12}}.tar", folder)) == 13
+
+
+def test_each_of_a_numbered_set_is_looked_for_once(tmp_path, monkeypatch):
+    """Sets have thousands of shards, and a remote store takes a while to answer."""
+    for number in range(20):
+        (tmp_path / f"a-{number:05d}-of-00020.tar").write_bytes(b"")
+    asked, exists = [], files.exists
+    monkeypatch.setattr(files, "exists", lambda path: asked.append(path) or exists(path))
+    assert len(names(f"{tmp_path}/a-{{00003..00007}}-of-*.tar", tmp_path)) == 5
+    assert len(asked) == len(set(asked)) == 15
+
+    class Counted(dict):
+        def __contains__(self, path):
+            asked.append(path)
+            return super().__contains__(path)
+
+    asked.clear()
+    files._check_complete("x", Counted.fromkeys(shard.path for shard in files.find("x", f"{tmp_path}/*.tar")))
+    assert len(asked) == 20

@@ -75,6 +75,8 @@ def test_the_fingerprint(sources, kind, tmp_path):
     changed = [write_shards(tmp_path / "changed", kind, [*DOCUMENTS[:4], PAIRS[0]])]  # as many, maybe of one size
     if kind != "array_record":
         changed += [dataclasses.replace(moved, task="other"), dataclasses.replace(moved, segments=COLUMNS)]
+    if kind == "json_lines":
+        changed += [dataclasses.replace(moved, images=str(tmp_path / images)) for images in ("images", "elsewhere")]
     prints = {opened("changed", one).fingerprint() for one in changed}
     assert len(prints) == len(changed)
     assert source.fingerprint() not in prints
@@ -146,6 +148,31 @@ def test_a_record_without_a_task(tmp_path):
     source = mapped("json_lines", tmp_path, [{"caption": "a"}], (Column("text", "caption"),), task=None)
     with pytest.raises(BadExample, match="no task, neither in the record nor in the config"):
         source[0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json_lines"])
+def test_null_for_id_and_task(tmp_path, kind):
+    """Tables have every column in each row."""
+    records = [{"id": None, "task": None, "caption": "a"}, {"id": "b", "task": "other", "caption": "b"}]
+    found = read(mapped(kind, tmp_path, records, (Column("text", "caption"),)))
+    assert [(one["id"], one["task"]) for one in found] == [("shard/0", "test"), ("b", "other")]
+    segments = [{"type": "text", "text": "a", "speaker": "user"}]
+    (one,) = read(mapped(kind, tmp_path, [{"id": None, "task": None, "segments": segments}], None))
+    assert (one["id"], one["task"]) == ("shard/0", "test")
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"), [(7, "7"), (b"seven", "seven"), (0.5, "shard/0"), (b"\xff", "shard/0")]
+)
+def test_columns_that_are_called_id_and_task_by_chance(tmp_path, identity, expected):
+    records = [{"id": identity, "task": 3, "caption": "a"}]
+    (one,) = read(mapped("parquet", tmp_path, records, (Column("text", "caption"),)))
+    assert (one["id"], one["task"]) == (expected, "test")
+
+
+def test_a_byte_order_mark(tmp_path):
+    (one,) = read(mapped("webdataset", tmp_path, [{"id": "a", "txt": b"\xef\xbb\xbfred"}], (Column("text", "txt"),)))
+    assert one == formats.document("a", "red")
 
 
 def test_only_the_columns_of_the_mapping_are_decoded(tmp_path):

@@ -222,6 +222,10 @@ DOCUMENT_TAR = {
         with_bad("image is int, expected bytes or a name"),
     ),
     "image generated from nothing": (document_tar([NAMED]), with_bad("an image is generated from nothing")),
+    "id no text": (
+        document_tar(b'{"id": [1], "task": "t", "segments": [{"type": "text", "text": "x", "speaker": "user"}]}'),
+        with_bad("example: id is list, expected str"),
+    ),
     "task no text": (
         document_tar(b'{"task": 5, "segments": [{"type": "text", "text": "x", "speaker": "user"}]}'),
         with_bad("example: task is int, expected str"),
@@ -262,7 +266,6 @@ LINES = {
     "image a folder": (lines(line(BAD, image=".")), with_bad("a named image cannot be read (IsADirectoryError)")),
     "image with a zero": (lines(line(BAD, image="\0")), with_bad("a named image cannot be read (ValueError)")),
     "image of a long name": (lines(line(BAD, image="x" * 5000)), with_bad("a named image cannot be read (OSError)")),
-    "id no text": (lines(line(BAD, id=[1])), with_bad("example: id is list, expected str")),
 }
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------

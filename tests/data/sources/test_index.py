@@ -70,9 +70,20 @@ def test_several_processes(source, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(f".{os.getpid()}{INDEX_SUFFIX}")]
 
 
-def test_a_folder_that_cannot_be_written(source, tmp_path):
+def test_an_index_that_cannot_be_read(source):
+    """The system's words, of too many maps for example: to build it again would not help."""
+    build(source)
+    path = shard(source) + INDEX_SUFFIX
+    os.remove(path)
+    os.mkdir(path)
+    for read in (lambda: open_source("x", source), lambda: build(source)):
+        with pytest.raises(UserError, match=r"cannot read the index .*\.index: Expected file path, but .* a directory"):
+            read()
+
+
+def test_a_folder_that_cannot_be_written(source):
     for number in range(2):
-        os.mkdir(shard(source, number) + INDEX_SUFFIX)
+        os.mkdir(f"{shard(source, number)}{INDEX_SUFFIX}.{os.getpid()}{INDEX_SUFFIX}")
     with pytest.raises(UserError, match=r"cannot write .*\.index .*an index lies beside its shard"):
         build(source)
 

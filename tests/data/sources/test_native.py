@@ -108,6 +108,14 @@ def test_killed_in_the_middle(tmp_path, damaged):
     assert not list(made.glob("*.partial"))
 
 
+def test_the_source_is_hashed_once(tmp_path, damaged, monkeypatch):
+    """It is read for that, all of its shards."""
+    hashed, fingerprint = [], type(damaged).fingerprint
+    monkeypatch.setattr(type(damaged), "fingerprint", lambda source: hashed.append(source) or fingerprint(source))
+    convert(damaged, tmp_path / "made")
+    assert hashed == [damaged]
+
+
 def test_a_lost_shard_is_written_again(tmp_path, damaged):
     convert(damaged, tmp_path / "made")
     (tmp_path / "made/some-00001-of-00003.array_record").unlink()
