@@ -138,8 +138,8 @@ def mesh() -> ConfigDict:
     return ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
 
 
-# Meshes of pods of that many chips (Google names a v5p by its cores: 128 chips are its type v5p-256), in groups that all
-# published widths divide by and whose gradients are scattered, not gathered.
+# Meshes of pods of that many chips (Google names a v5p by its cores: 128 chips are its type v5p-256), in groups that
+# all published widths divide by and whose gradients are scattered, not gathered.
 PODS = dict(
     v5e_64=dict(data=2, fsdp=32),
     v5e_256=dict(data=8, fsdp=32),

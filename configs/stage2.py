@@ -10,8 +10,8 @@ Sized for hours on 2 CPU cores. Not trained to the end here.
 pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
 timesteps and guidance are Stable Diffusion 3's, the rate at which condition images are dropped is InstructPix2Pix's 5%
 (arXiv:2211.09800, section 3.2.1), the first rates are ours.
-A row holds three images of 1024 pixels, each image that is looked back at counting once more if it was generated. For
-longer documents, such as an input and two outputs, raise `config.data.budgets`: those that do not fit count as bad.
+A row holds three images of 1024 pixels, and a generated one that is looked back at counts twice. For longer documents,
+such as an input and two outputs, raise `config.data.budgets`: what does not fit counts as bad.
 `qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 

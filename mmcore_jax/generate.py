@@ -88,8 +88,11 @@ class Generator:
           negatives: the negative prompt of each, None for one that has none.
 
         Raises:
-          UserError: if an image cannot be used, or a size does not fit the diffusion transformer.
+          UserError: if an image cannot be used, a size does not fit the diffusion transformer, or nothing leads away
+            from a negative prompt.
         """
+        if pathways == "visual" and any(words is not None for words in negatives or ()):
+            raise UserError("a negative prompt needs the text pathway: without text nothing leads away from it.")
         sizes = sizes or [default_size(request, self._config) for request in requests]
         negatives = negatives or [None] * len(requests)
         keys, images = noise_keys(seed, len(requests)), {}

@@ -228,6 +228,8 @@ def test_negative_prompts(data):
     without = np.abs(found - generate(None)).max(axis=(1, 2, 3))
     assert (without[given] > 10).all()
     assert without[1] <= 1
+    with pytest.raises(UserError, match="a negative prompt needs the text pathway"):
+        generator(params, requests[:1], settings, pathways="visual", negatives=negatives[:1])
     alone = generate(negatives[:1], slice(1))
     assert np.abs(alone - found[:1]).max() <= 1
     own = generate(["make it red"], slice(1), visual_scale=1.0, image_scale=1.0)
