@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,9 +37,10 @@ class Scan(NamedTuple):
     reasons: list[str]
 
     @property
-    def usable(self) -> np.ndarray:
-        """The indices of the examples that can be used, ascending."""
-        return np.flatnonzero(self.table["reason"] == 0)
+    def usable(self) -> Sequence[int] | np.ndarray:
+        """The indices of the examples that can be used, ascending: every process of a run holds them."""
+        good = self.table["reason"] == 0
+        return range(len(good)) if good.all() else np.flatnonzero(good).astype(np.uint32)
 
     def some(self, count: int, read: Callable[[int], Any]) -> list:
         """What `read` makes of up to `count` usable examples, evenly spaced; of the next one where one is bad to it."""

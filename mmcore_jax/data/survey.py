@@ -72,7 +72,7 @@ def bucket_lines(reader: Reader, found: Scan) -> list[str]:
     """How many examples of a source take each of several buckets."""
     if not reader.sizes or len(reader.sizes.buckets) == 1:
         return []
-    counts = np.bincount(found.table["bucket"][found.usable], minlength=1 + len(reader.sizes.buckets))[1:]
+    counts = np.bincount(found.table["bucket"][found.table["reason"] == 0], minlength=1 + len(reader.sizes.buckets))[1:]
     return [f"aspect ratio {cols / rows:.2f}: {n:,}" for (rows, cols), n in zip(reader.sizes.buckets, counts)]
 
 
