@@ -217,7 +217,8 @@ def make_item(
 
     A generated image stands as N query tokens in the assistant's turn; where something follows, the image itself comes
     next. The VLM sees images in their own shape, but in an example that generates some, all are cropped to the bucket
-    of the first of those. Of each text the first `text_limit` tokens are taken; one that is cut has no learned end.
+    of the first of those. Of each text the first `text_limit` tokens are taken. What the assistant says has a learned
+    end, unless it is cut; with `user_text` the user's words are learned, too, which changes no token.
 
     Raises:
       BadExample: if an image cannot be read, or is too long for its width.
@@ -235,11 +236,10 @@ def make_item(
             tokens.add(between + chat.open[now], TEXT, len(frames))
             speaker = now
         if segment["type"] == "text":
-            learned = user_text or now == "assistant"
             ids = chat.encode(segment["text"])
-            pending += tokens.add(ids[:text_limit], TEXT, len(frames), learned)
+            pending += tokens.add(ids[:text_limit], TEXT, len(frames), user_text or now == "assistant")
             whole = text_limit is None or len(ids) <= text_limit
-            if learned and whole and (number == last or speakers[number + 1] != now):
+            if now == "assistant" and whole and (number == last or speakers[number + 1] != now):
                 tokens.add([chat.turn_end], TEXT, len(frames), True)
             continue
         frame = Frame(segment["image"], segment["generate"], shape)
