@@ -90,6 +90,7 @@ def _sd35(**sizes: int) -> ConfigDict:
             pooled_width=2048,
             position="sincos",
             position_base=64,
+            position_origin="centre",
             query_gain=1.0,
             prediction="velocity",
         )

@@ -221,7 +221,9 @@ class MMDiT:
 
     The first `dual_layers` blocks also attend among the latents alone (SD3.5-medium). `qk_norm` puts an RMSNorm on
     queries and keys, whose initial scale of the queries is `query_gain`. `pooled_width` 0 means no pooled conditioning.
-    The table has `position_grid` patches a side, numbered in steps of `position_base / position_grid`.
+    The table has `position_grid` patches a side. From the `position_origin` "corner" they are numbered from 0 in steps
+    of `position_base / position_grid`, as diffusers begins; from the "centre", as published files are, 0 to 16 over the
+    middle `position_base` patches.
     `visibility` is the attention rule between the images of a document (`nn/masks.py`). `clean_visual` adds to the
     clean copy of an image what it looks like to the VLM, which the paper found harmful.
     """
@@ -240,6 +242,7 @@ class MMDiT:
     position_base: int
     query_gain: float
     prediction: Literal["velocity", "x0"]
+    position_origin: Literal["corner", "centre"] = "corner"
     visibility: Literal["block_causal", "history_visual", "full"] = dataclasses.field(
         default="block_causal", metadata={"of_weights": False}
     )
@@ -705,7 +708,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     if not pathlib.Path(file).is_file():
         raise UserError(f"config file {file} does not exist (looked in {pathlib.Path.cwd()}).")
     settings = _run(file, recipe or DEFAULT_RECIPE)
-    _fill(settings, Config)
+    _fill(settings, Config, "config", file)
     for override in overrides:
         _apply_override(settings, override, file)
     return _convert(Config, settings.to_dict(), "config", file)
@@ -742,15 +745,24 @@ def _run(file: str, recipe: str) -> ml_collections.ConfigDict:
     return module["get_config"](recipe)
 
 
-def _fill(settings: ml_collections.ConfigDict, expected: Any) -> None:
-    """Writes the defaults that a recipe leaves out into its settings, so that overrides find them."""
+def _fill(settings: Any, expected: Any, path: str, file: str) -> None:
+    """Writes the defaults that a recipe leaves out of the parts that it has, so that overrides find them."""
+    if not isinstance(settings, ml_collections.ConfigDict):
+        return
+    if typing.get_origin(expected) in (types.UnionType, typing.Union):
+        expected = _member(typing.get_args(expected), settings.to_dict(), path, file)
+    if typing.get_origin(expected) is dict:
+        for name in settings:
+            _fill(settings[name], typing.get_args(expected)[1], f"{path}.{name}", file)
+    if not dataclasses.is_dataclass(expected):
+        return
     for field in dataclasses.fields(expected):
         if field.name not in settings and field.default is not dataclasses.MISSING:
             default = field.default
             is_nested = dataclasses.is_dataclass(default)
             settings[field.name] = ml_collections.ConfigDict(dataclasses.asdict(default)) if is_nested else default
-        elif dataclasses.is_dataclass(field.type) and isinstance(settings.get(field.name), ml_collections.ConfigDict):
-            _fill(settings[field.name], field.type)
+        elif field.name in settings:
+            _fill(settings[field.name], field.type, f"{path}.{field.name}", file)
 
 
 def _apply_override(settings: ml_collections.ConfigDict, override: str, file: str) -> None:

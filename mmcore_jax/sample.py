@@ -22,6 +22,7 @@ import numpy as np
 from mmcore_jax import __version__, generate
 from mmcore_jax import config as config_lib
 from mmcore_jax.config import UserError, door
+from mmcore_jax.data.image import MAXIMUM_PIXELS
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion.solver import SOLVERS
 from mmcore_jax.generate import Generator, Size
@@ -30,7 +31,7 @@ from mmcore_jax.sampling import pictures, requests
 from mmcore_jax.sampling.pictures import Settings
 from mmcore_jax.sampling.requests import Job
 from mmcore_jax.sampling.session import Session, read_lines
-from mmcore_jax.training.checkpoint import load_run
+from mmcore_jax.training.checkpoint import load_run, run_id
 
 
 @door
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_scale", type=float, help="guidance towards the images given; default: the config's")
     parser.add_argument("--batch_size", type=int, default=8, help="drawn at once, at most (default: %(default)s)")
     parser.add_argument(
-        "--scale", type=int, default=8, help="pixels of the output for each one generated (default: %(default)s)"
+        "--scale", type=int, help="pixels of the output for each one generated (default: what makes small ones 256)"
     )
     return parser
 
@@ -131,8 +132,9 @@ class Painter:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `UserError` if the run is no stage 2."""
-        self._workdir, self._scale, self._batch_size = arguments.workdir, arguments.scale, arguments.batch_size
+        self._workdir, self._batch_size = arguments.workdir, arguments.batch_size
         self.config = config_lib.from_json(self._workdir / "config.json")
+        self._scale = arguments.scale or max(1, 256 // self.config.data.image_size)
         if self.config.sampling is None:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
@@ -147,8 +149,15 @@ class Painter:
     def check(self, job: Job) -> None:
         """Raises `UserError` for a request that the run cannot draw.
 
-        It has more images than any example in training, a size that does not fit, or a negative prompt in vain.
+        It has more images than any example in training, a size that does not fit or is too large a file, or a negative
+        prompt in vain.
         """
+        height, width = self.size_of(job)
+        if height * width * self._scale**2 > MAXIMUM_PIXELS:
+            raise UserError(
+                f"{job.output} would have {height * self._scale} x {width * self._scale} pixels, more than can be read "
+                f"again ({MAXIMUM_PIXELS:,}): give --scale less than {self._scale}."
+            )
         if job.size:
             generate.check_size(job.size, self.config, f"the size {generate.show_size(job.size)} of {job.output}")
         most, given = self.config.data.budgets.images, len(requests.images_of(job.request))
@@ -157,9 +166,13 @@ class Painter:
                 f"the request for {job.output} gives {given} images, but with the one to draw {self._workdir} was "
                 f"trained with {most} at most (config.data.budgets.images): give {most - 1} or fewer."
             )
-        if self.negative_of(job) and not generate.branches_of(self._settings).drop_text.any():
+        self.check_negative(self.negative_of(job), str(job.output))
+
+    def check_negative(self, negative: str | None, name: str) -> None:
+        """Raises `UserError` for a negative prompt, of what is called `name`, that nothing leads away from."""
+        if negative and not generate.branches_of(self._settings).drop_text.any():
             raise UserError(
-                f"the negative prompt of {job.output} does nothing where text_scale, visual_scale and image_scale are "
+                f"the negative prompt of {name} does nothing where text_scale, visual_scale and image_scale are "
                 "all 1: give --text_scale more."
             )
 
@@ -178,6 +191,7 @@ class Painter:
         description |= {"images": " ".join(images), "seed": job.seed}
         description |= {"size": generate.show_size(self.size_of(job))} | dataclasses.asdict(self._settings)
         description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self.config.total_steps}
+        description["run"] = run_id(self._workdir)
         description["mmcore_jax"] = __version__
         return {name: str(value) for name, value in description.items()}
 
@@ -231,6 +245,7 @@ def _draw_missing(painter: Painter, jobs: list[Job], sheet: pathlib.Path, rows: 
 
 
 def _converse(painter: Painter, arguments: argparse.Namespace) -> None:
+    painter.check_negative(arguments.negative, "--interactive")
     painter.load()
     print(f"{arguments.workdir} is ready; /help says what there is besides prompts.", flush=True)
     most_images = painter.config.data.budgets.images

@@ -27,7 +27,8 @@ for argument in "" "$@"; do
     read -r code text <"$answers"
     sed -i '1{$!d}' "$answers"
     [[ -z $text ]] || echo "$text"
-    [[ $code != hang ]] || { trap 'exit 75' TERM; sleep 60 >/dev/null 2>&1 & wait $!; }
+    stop() { echo "$JAX_PROCESS_ID" >>"$FAKES/stopped"; exit 75; }
+    [[ $code != hang ]] || { trap stop TERM; sleep 60 >/dev/null 2>&1 & wait $!; }
     exit "$code"
   fi
 done
@@ -265,6 +266,7 @@ def test_a_signal_reaches_all_processes(machine) -> None:
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert len(machine.calls("started")) == 2
+    assert sorted(machine.calls("stopped")) == ["0", "1"]
 
 
 def test_what_is_set_already_stays() -> None:

@@ -63,7 +63,7 @@ def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdi
         "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "image_scale": "1.0", "timestep_shift": "3.0",
         "timestep_spacing": "trailing", "scale": "2", "solver": "euler", "guidance_interval": "(0.0, 1.0)",
         "renormalisation": "0.0", "size": "16x16",
-        "workdir": str(workdir), "checkpoint_step": "20", "mmcore_jax": __version__,
+        "workdir": str(workdir), "checkpoint_step": "20", "run": "", "mmcore_jax": __version__,
     }  # fmt: skip
 
     lines = "/seed 6\na red dot\n/image nowhere.png\nnow a bar\n"
@@ -99,7 +99,7 @@ def test_requests_are_drawn_once(enter, tmp_path):
     assert "3 of 3 pictures drawn" in said
     assert set(first) == {"dot.png", "blue.png", "other.png", "sheet.png"}
     sizes = {name: Image.open(output / name).size for name in ("dot.png", "blue.png", "other.png")}
-    assert sizes == {"dot.png": (128, 128), "blue.png": (128, 128), "other.png": (128, 64)}
+    assert sizes == {"dot.png": (256, 256), "blue.png": (256, 256), "other.png": (256, 128)}
     assert Image.open(output / "other.png").text["size"] == "8x16"
     negatives = {name: Image.open(output / name).text["negative"] for name in sizes}
     assert negatives == {"dot.png": "", "blue.png": "red", "other.png": ""}
@@ -115,12 +115,16 @@ def test_requests_are_drawn_once(enter, tmp_path):
     assert {name for name in first if third[name] != first[name]} == {"blue.png", "sheet.png"}
 
 
-def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeypatch):
+def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, workdir, tmp_path, monkeypatch):
     """A rerun reads no checkpoint, and other settings are other pictures."""
     arguments = ("--prompt=a red dot", f"--output={tmp_path / 'dot.png'}", "--num=1")
     assert enter(*arguments)[0] == 0
     monkeypatch.setattr(sample, "load_generator", lambda workdir: pytest.fail("the run is loaded"))
     assert enter(*arguments)[0] == 0
+    (workdir / "run_id").write_text("trained anew")
+    with pytest.raises(pytest.fail.Exception):
+        enter(*arguments)
+    (workdir / "run_id").unlink()
     for change in ("--text_scale=1", "--image_scale=2", "--negative=blue", "--scale=9", "--steps=1", "--size=8x16"):
         with pytest.raises(pytest.fail.Exception):
             enter(*arguments, change)
@@ -135,6 +139,11 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, tmp_path, monkeyp
             ["--prompt=x", "--negative=y", "--text_scale=1", "--visual_scale=1"],
             ["negative prompt of x.png does nothing"],
         ),
+        (
+            ["--interactive", "--output=out", "--negative=y", "--text_scale=1", "--visual_scale=1"],
+            ["negative prompt of --interactive does nothing"],
+        ),
+        (["--prompt=x", "--scale=501"], ["x.png would have 8016 x 8016 pixels", "give --scale less than 501"]),
         (["--prompt=x", "--output=x.jpg"], ["x.jpg", ".png"]),
         (["--prompt=x", "--output=nowhere/x.png"], ["nowhere", "does not exist"]),
         (["--prompt=x", "--image", "missing.png"], ["--image missing.png", "No such file"]),

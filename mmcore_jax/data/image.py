@@ -25,7 +25,7 @@ from mmcore_jax.config import QwenVision, UserError
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.nn.tokens import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH, merge_order
 
-PROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the latter as transformers 5 saves it
 MAXIMUM_PIXELS = 64_000_000
 MAXIMUM_SIDE = 32_768
 MAXIMUM_ASPECT_RATIO = 200
@@ -224,16 +224,21 @@ class Processor:
 
 
 def load_processor(directory: str | pathlib.Path) -> Processor:
-    """Reads `preprocessor_config.json` of a published Qwen2.5-VL, in its older or newer form.
+    """Reads what a published Qwen2.5-VL says of its images, in an older or newer form.
 
     Raises:
       UserError: if the file is missing, lacks a setting, or asks for what Qwen2.5-VL does not do.
     """
-    path = pathlib.Path(directory) / PROCESSOR_FILE
-    if not path.is_file():
+    path = processor_file(directory)
+    if path is None:
+        path = pathlib.Path(directory) / PROCESSOR_FILES[0]
         raise UserError(f"{path} does not exist: give the directory of a published Qwen2.5-VL.")
     given = json.loads(path.read_text())
-    limits = {"shortest_edge": given.get("min_pixels"), "longest_edge": given.get("max_pixels")} | given.get("size", {})
+    given = given.get("image_processor", given)
+    limits = dict(given.get("size") or {})
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if given.get(name) is not None:  # the older of both counts more, as to transformers
+            limits[edge] = given[name]
     try:
         if given["temporal_patch_size"] != TEMPORAL_PATCH or given.get("resample", 3) != Image.Resampling.BICUBIC:
             raise UserError(f"{path} is not of a Qwen2.5-VL: expected 2 frames a patch and bicubic resizing (3).")
@@ -249,14 +254,21 @@ def load_processor(directory: str | pathlib.Path) -> Processor:
         raise UserError(f"{path} lacks a setting ({error}): give the directory of a published Qwen2.5-VL.") from error
 
 
+def processor_file(directory: str | pathlib.Path) -> pathlib.Path | None:
+    """Where a directory says how a published Qwen2.5-VL has its images, if it does."""
+    files = (pathlib.Path(directory) / name for name in PROCESSOR_FILES)
+    return next((file for file in files if file.is_file()), None)
+
+
 def check_processor(directory: str | pathlib.Path, vision: QwenVision) -> None:
     """Raises `UserError` if a published Qwen2.5-VL is meant to see images prepared otherwise than training does it."""
     theirs = load_processor(directory)
     ours = dict(patch_size=vision.patch_size, merge_size=vision.merge_size, mean=IMAGE_MEAN, std=IMAGE_STD)
     for name, value in ours.items():
         if not np.allclose(getattr(theirs, name), value, atol=1e-6):
-            file = pathlib.Path(directory) / PROCESSOR_FILE
-            raise UserError(f"{file} has {name} {getattr(theirs, name)}, but images are prepared with {value}.")
+            raise UserError(
+                f"{processor_file(directory)} has {name} {getattr(theirs, name)}, but images are prepared with {value}."
+            )
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 # What a directory may hold of a tokenizer; that of a published model also holds its weights.
 # What is published beside the weights of a VLM, the settings of its image processor among it.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*")
-_TOKENIZER_FILES += ("preprocessor_config.json",)
+_TOKENIZER_FILES += ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # By what config.json of a published model calls their ids.
 _CONFIG_NAMES = {
     "bos_token_id": END_OF_TEXT,

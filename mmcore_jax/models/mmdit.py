@@ -27,6 +27,7 @@ from mmcore_jax.sharding import constrain
 
 SINUSOIDS = 256
 MOST_SUMMED = 4  # slots whose rows a masked sum picks: those of rows of three images
+CENTRED = 16  # positions over the patches that a published table was trained on first
 _ZEROS = nn.initializers.zeros
 
 
@@ -319,10 +320,14 @@ def sincos_axis(config: MMDiT) -> np.ndarray:
     """The additive code along one axis of the table, float32 `[G, D / 2]`, sines first.
 
     Like diffusers `get_2d_sincos_pos_embed`, positions are float32 and all else is float64 before the last rounding, so
-    that the table which published files store can be computed instead, bit by bit.
+    that the table of a file can be computed instead, bit by bit. Centred positions are those of SD3 (arXiv:2403.03206,
+    section 5.3.2), which published files store: config.json, and diffusers where it begins at random, know the others.
     """
     positions = np.arange(config.position_grid, dtype=np.float32)
-    positions /= np.float32(config.position_grid / config.position_base)
+    if config.position_origin == "centre":
+        positions = (positions - (config.position_grid - config.position_base) / 2) * (CENTRED / config.position_base)
+    else:
+        positions /= np.float32(config.position_grid / config.position_base)
     frequencies = 1.0 / 10_000.0 ** (np.arange(config.width // 4) / (config.width / 4))
     angles = positions[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)

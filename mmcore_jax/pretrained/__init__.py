@@ -15,6 +15,7 @@ from mmcore_jax.pretrained.model import (
     load,
     open_part,
     read,
+    settled,
 )
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "new_directory",
     "open_part",
     "read",
+    "settled",
     "without_lora",
 ]

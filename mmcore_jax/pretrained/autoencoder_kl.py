@@ -91,6 +91,8 @@ def write_config(c: AutoencoderKL, dtype: str) -> dict[str, Any]:
         "use_quant_conv": c.quant_convs,
         "use_post_quant_conv": c.quant_convs,
         "mid_block_add_attention": c.mid_attention,
+        "sample_size": 1024,  # by which diffusers tiles, where it is told to
+        "force_upcast": True,
     }
 
 

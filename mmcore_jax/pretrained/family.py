@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,10 @@ from mmcore_jax.pretrained.table import Entry
 
 def _as_it_is(config: Any, name: str) -> str:
     return name
+
+
+def _settled(config: Any, stored: Mapping[str, np.ndarray]) -> Any:
+    return config
 
 
 def _no_buffers(config: Any) -> dict[str, np.ndarray]:
@@ -42,6 +46,7 @@ class Family:
       comparisons: yields (what it is, ours, the original's), of a loaded checkpoint and its directory, on random input.
       rename: their name as the table has it, None for a tensor that our config does without.
       buffers: what they store and we compute.
+      settle: the config with what config.json leaves open, as the stored tensors have it.
       beside: files that are published with the weights, and needed with them.
       encode: of an autoencoder, (model, params, images) to the mean and log-variance of latents.
       decode: of an autoencoder, (model, params, latents) to images.
@@ -64,6 +69,7 @@ class Family:
     comparisons: Callable[[Any, pathlib.Path], Iterator[tuple[str, jax.Array, np.ndarray]]]
     rename: Callable[[Any, str], str | None] = _as_it_is
     buffers: Callable[[Any], dict[str, np.ndarray]] = _no_buffers
+    settle: Callable[[Any, Mapping[str, np.ndarray]], Any] = _settled
     beside: tuple[str, ...] = ()
     encode: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     decode: Callable[..., jax.Array] | None = None

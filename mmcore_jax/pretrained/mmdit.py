@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmcore_jax.config import Count, Index, MMDiT, UserError
-from mmcore_jax.models.mmdit import MMDiTModel, Slots, sincos_table
+from mmcore_jax.models.mmdit import MMDiTModel, Slots, sincos_axis, sincos_table
 from mmcore_jax.nn import masks
 from mmcore_jax.nn.masks import NOISED, TEXT, TokenMeta
 from mmcore_jax.nn.patches import patchify, unpatchify
@@ -21,6 +21,7 @@ from mmcore_jax.pretrained.files import Section, Settings
 from mmcore_jax.pretrained.table import SAME, Entry, layer_range, linear, patch_kernel, rms_norm, swapped_linear
 
 _CLASS = "SD3Transformer2DModel"
+_POSITIONS = "pos_embed.pos_embed"
 _IMAGE = dict(q="to_q", k="to_k", v="to_v", out="to_out.0", q_norm="norm_q", k_norm="norm_k")
 _CONTEXT = dict(
     q="add_q_proj", k="add_k_proj", v="add_v_proj", out="to_add_out", q_norm="norm_added_q", k_norm="norm_added_k"
@@ -102,7 +103,16 @@ def write_config(c: MMDiT, dtype: str) -> dict[str, Any]:
 
 def buffers(c: MMDiT) -> dict[str, np.ndarray]:
     """The table of positions."""
-    return {"pos_embed.pos_embed": sincos_table(c)}
+    return {_POSITIONS: sincos_table(c)}
+
+
+def settle(c: MMDiT, stored: Mapping[str, np.ndarray]) -> MMDiT:
+    """With the origin of the positions whose table is stored; config.json does not tell."""
+    choices = [dataclasses.replace(c, position_origin=origin) for origin in ("corner", "centre")]
+    if _POSITIONS not in stored or stored[_POSITIONS].shape != (1, c.position_grid**2, c.width):
+        return c
+    first_row = stored[_POSITIONS][0, : c.position_grid, : c.width // 2].astype(np.float32)
+    return min(choices, key=lambda choice: np.abs(first_row - sincos_axis(choice)).max())
 
 
 def entries(c: MMDiT) -> list[Entry]:
@@ -258,4 +268,5 @@ FAMILY = Family(
     forward=forward,
     comparisons=comparisons,
     buffers=buffers,
+    settle=settle,
 )

@@ -101,7 +101,7 @@ def load(
     Raises:
       UserError: naming the file, and the tensor, that is missing, damaged or not what config.json says.
     """
-    published = open_published(directory, component)
+    published = settled(open_published(directory, component))
     family, config = published.family, published.config
     tensors, entries = open_tensors(published, config), family.entries(config)
     dtypes = dict.fromkeys(table.paths(entries), dtype) if dtype else table.stored_dtypes(entries, tensors)
@@ -171,6 +171,12 @@ def open_part(directory: str | pathlib.Path, part: str) -> Published:
     if published.family.part != part:
         raise UserError(f"{directory} is of the family {published.family.name}, which cannot be the part {part!r}.")
     return published
+
+
+def settled(published: Published) -> Published:
+    """With what config.json leaves open, as the tensors of the checkpoint have it."""
+    stored = files.open_tensors(published.directory, published.family.stem)
+    return dataclasses.replace(published, config=published.family.settle(published.config, stored))
 
 
 def files_to_fetch(directory: pathlib.Path, part: str) -> str | None:
@@ -294,10 +300,11 @@ def export(
     stored = np.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params)))
     settings = family.write_config(config, str(np.dtype(dtype or stored))) | dict(settings or {})
     directory = pathlib.Path(directory)
-    back = family.read_config(_as_read(settings, directory / "config.json"))
+    buffers = family.buffers(config)
+    back = family.settle(family.read_config(_as_read(settings, directory / "config.json")), buffers)
     for path, ours, theirs in differences(config, back, family.part):
         raise UserError(f"{path} is {ours!r}, and {family.name} has {theirs!r} only: {directory} is not written.")
-    entries, buffers = family.entries(config), family.buffers(config)
+    entries = family.entries(config)
     specs = [*_specs(entries, params, dtype)]
     specs += [files.Spec(name, np.dtype(dtype or stored), value.shape) for name, value in buffers.items()]
     arrays = itertools.chain(_arrays(entries, params), buffers.values())

@@ -68,17 +68,19 @@ class _Rope(Section):
 
 @dataclasses.dataclass(frozen=True)
 class _Vision(Section):
+    """Defaults are what transformers assumes; its release 4.49 left out what is equal to them, as in the 32B model."""
+
     hidden_size: Count
-    depth: Count
-    num_heads: Count
-    intermediate_size: Count
-    patch_size: Count
-    spatial_merge_size: Count
-    window_size: Count
-    fullatt_block_indexes: tuple[Index, ...]
-    out_hidden_size: Count
-    hidden_act: Literal["silu"]
-    temporal_patch_size: Literal[network.TEMPORAL_PATCH]
+    depth: Count = 32
+    num_heads: Count = 16
+    intermediate_size: Count = 3420
+    patch_size: Count = 14
+    spatial_merge_size: Count = 2
+    window_size: Count = 112
+    fullatt_block_indexes: tuple[Index, ...] = (7, 15, 23, 31)
+    out_hidden_size: Count = 3584
+    hidden_act: Literal["silu"] = "silu"
+    temporal_patch_size: Literal[network.TEMPORAL_PATCH] = network.TEMPORAL_PATCH
 
 
 def read_config(settings: Settings) -> QwenVL:

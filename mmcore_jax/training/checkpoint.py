@@ -30,7 +30,7 @@ from mmcore_jax import config as config_lib
 from mmcore_jax import pretrained, sharding
 from mmcore_jax.config import FULL, Config, Lora, Model, TryAgain, UserError
 from mmcore_jax.data import packing
-from mmcore_jax.data.image import PROCESSOR_FILE, check_processor
+from mmcore_jax.data.image import check_processor, processor_file
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.nn.layers import is_lora
@@ -39,10 +39,16 @@ from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
 RANDOM = "random"
-RUN_FILE = "run_id"  # in the workdir, at random: one that is deleted and begun again is another run
+RUN_FILE = "run_id"
 PART_FILE = "part.json"
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
+
+
+def run_id(workdir: pathlib.Path) -> str:
+    """What tells a run from one that had its workdir before and was deleted; empty if an earlier version began it."""
+    path = workdir / RUN_FILE
+    return path.read_text() if path.exists() else ""
 
 
 class Checkpoints:
@@ -207,8 +213,7 @@ def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManag
     handlers: dict[str, Any] = {"record": ocp.JsonCheckpointHandler(multiprocessing_options=among)}
     for name in _TREES:
         handlers[name] = ocp.PyTreeCheckpointHandler(multiprocessing_options=among, type_handler_registry=registry)
-    identity = (workdir / RUN_FILE).read_text() if (workdir / RUN_FILE).exists() else ""
-    of_run = hashlib.sha256(f"{workdir.absolute()} {identity}".encode()).hexdigest()[:8]
+    of_run = hashlib.sha256(f"{workdir.absolute()} {run_id(workdir)}".encode()).hexdigest()[:8]
     part = f"process_{jax.process_index()}_of_{jax.process_count()}"
     if jax.process_count() > 1:
         part += f"-mesh_{'_'.join(map(str, dataclasses.astuple(config.mesh)))}-devices_{jax.device_count()}"
@@ -371,7 +376,7 @@ def _check_inputs(config: Config, source: pathlib.Path) -> None:
     for directory in (source / "tokenizer", source):
         if (directory / "tokenizer.json").is_file():
             check_same_tokenizer(config.data.tokenizer, directory)
-        if (directory / PROCESSOR_FILE).is_file():
+        if processor_file(directory):
             check_processor(directory, config.model.vlm.vision)
 
 
@@ -480,7 +485,7 @@ def _check_there(directory: pathlib.Path, part: str, wanted_by: str) -> None:
 
 
 def _load_published(directory: pathlib.Path, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
-    published = pretrained.open_part(directory, part)
+    published = pretrained.settled(pretrained.open_part(directory, part))
     _check_same_network(str(directory), part, model, published.config, wanted_by)
     config = pretrained.without_lora(getattr(model, part))
     params = pretrained.read(published, config, unflatten_dict(like, sep="/")[part])

@@ -20,6 +20,15 @@ def draw(images: Ramp, step: int = 0, keys: jax.Array = KEYS):
     return draw_dropout(Dropout(Ramp(0.5, 0.1, 100), Ramp(0.3, 0.3, 1), 0.1, images), keys, FRAMES, jnp.int32(step))
 
 
+def test_text_and_visual_embeddings_are_dropped_by_their_rates_and_together():
+    """Text from .5 to .1 in 100 steps, visual embeddings .3, and both at once .1 besides."""
+    for step, text in ((0, 0.5), (50, 0.3), (100, 0.1), (900, 0.1)):
+        dropped = draw(Ramp(0.0, 0.0, 1), step)
+        np.testing.assert_allclose(dropped.text.mean(axis=0), 1 - 0.9 * (1 - text), atol=0.03)
+        np.testing.assert_allclose(dropped.visual.mean(axis=0), 1 - 0.9 * 0.7, atol=0.03)
+        np.testing.assert_allclose((dropped.text & dropped.visual).mean(axis=0), 0.1 + 0.9 * text * 0.3, atol=0.03)
+
+
 def test_condition_images_have_a_rate_of_their_own():
     """It ramps, and is the same whatever a frame has lost besides; frames of a row do not go together."""
     for step, rate in ((0, 0.2), (50, 0.4), (100, 0.6), (900, 0.6)):
@@ -27,7 +36,6 @@ def test_condition_images_have_a_rate_of_their_own():
         np.testing.assert_allclose(dropped.images.mean(axis=0), rate, atol=0.03)
         for other in (dropped.text, dropped.visual, jnp.roll(dropped.images, 1, axis=1)):
             np.testing.assert_allclose(dropped.images[other].mean(), rate, atol=0.03)
-    np.testing.assert_allclose(dropped.text.mean(), 1 - 0.9 * 0.9, atol=0.02)
 
 
 def test_without_a_rate_nothing_is_drawn():

@@ -60,6 +60,23 @@ def test_older_settings_are_read(directory):
     assert (newer.min_pixels, newer.max_pixels) == (56 * 56, 28 * 28 * 1280)
 
 
+def test_settings_that_are_within_those_of_the_whole_processor(directory):
+    """As transformers 5 saves them."""
+    path, expected = directory / "preprocessor_config.json", image_lib.load_processor(directory)
+    whole = {"image_processor": json.loads(path.read_text()), "processor_class": "Qwen2_5_VLProcessor"}
+    path.unlink()
+    (directory / "processor_config.json").write_text(json.dumps(whole))
+    assert image_lib.load_processor(directory) == expected
+
+
+def test_the_older_limits_count_more(directory):
+    """As to transformers, where both are given."""
+    path = directory / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_pixels": 1_003_520, "min_pixels": None}))
+    found = image_lib.load_processor(directory)
+    assert (found.min_pixels, found.max_pixels) == (56 * 56, 1_003_520)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

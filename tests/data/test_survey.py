@@ -5,6 +5,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from mmcore_jax import config as config_lib
 from mmcore_jax import prepare
 from mmcore_jax.data import example, survey
 from mmcore_jax.data.reader import Reader
@@ -60,8 +61,6 @@ def test_report(given, monkeypatch, capsys):
 
 
 def test_a_survey_adds_up(given, data):
-    from mmcore_jax import config as config_lib
-
     config = config_lib.load(given[0].removeprefix("--config="), given[1:])
     reader = Reader(config)
     number = list(config.data.sources).index("edit_tone")
@@ -75,17 +74,22 @@ def test_a_survey_adds_up(given, data):
 
 
 def test_sheet(given, monkeypatch, capsys, tmp_path):
-    """Every image of the batch is on the sheet, pixel for pixel."""
+    """Two rows of each source, with all its images as the model sees them; `test_scores.py` has the page itself."""
+    rows, draw = [], prepare.sheet
+    monkeypatch.setattr(prepare, "sheet", lambda given, scale: rows.extend(given) or draw(given, scale))
     code, printed = enter([*given, "--show=2", f"--sheet={tmp_path / 'sheet.png'}"], monkeypatch, capsys)
     assert code == 0
-    assert "examples" in printed.out.splitlines()[-1]
-    page = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert page.min() == 0 or len(np.unique(page.reshape(-1, 3), axis=0)) > 20
+    reader = Reader(config_lib.load(given[0].removeprefix("--config="), given[1:]))
+    assert f"sheet.png: {2 * len(reader.sources)} examples" in printed.out.splitlines()[-1]
+    prepared = reader.prepare(list(reader._data.sources).index("edit_tone"), 0)
+    (row,) = [row for row in rows if row[0][1].startswith(f"{prepared.id}: ")]
+    seen = [picture.vlm for picture in prepared.images if picture.vlm is not None]
+    assert seen
+    assert all(any(np.array_equal(image, cell) for cell, _ in row) for image in seen)
+    assert Image.open(tmp_path / "sheet.png").width > 2 * 256
 
 
 def test_what_carries_loss_stands_in_brackets(given):
-    from mmcore_jax import config as config_lib
-
     config = config_lib.load(given[0].removeprefix("--config="), given[1:])
     reader = Reader(config)
     number = list(config.data.sources).index("edit_tone")

@@ -305,6 +305,20 @@ def test_flow_losses_do_not_depend_on_how_they_are_batched(run, data):
         assert (nothing != dropped).all()
 
 
+@pytest.mark.parametrize("pathway", ["text", "visual"])
+def test_flow_losses_are_of_the_pathway_that_is_said_to_be_dropped(run, data, pathway):
+    """What stands for an embedding that was dropped counts where that one was, and nowhere else."""
+    conditioning = run.params["conditioning"]
+    other = {**conditioning, f"{pathway}_null": conditioning[f"{pathway}_null"] + 1.0}
+    examples = data.examples("edit_tone", "held_out")[:2]
+    before, after = (
+        np.moveaxis(probes.flow_losses(one, examples, 0, 2), 1, 0)
+        for one in (run, run._replace(params={**run.params, "conditioning": other}))
+    )
+    changed = {name for name, x, y in zip(probes.DROPPED, before, after) if (x != y).any()}
+    assert changed == {pathway, "both"}
+
+
 def test_predicted_embeddings_know_the_request_and_not_its_answer(run, data):
     examples = data.examples("edit_tone", "held_out")[:2]
     other = [

@@ -123,6 +123,15 @@ def sd3(dual: int = 0, qk_norm: str | None = None) -> torch.nn.Module:
     )
 
 
+def centred(model: torch.nn.Module) -> torch.nn.Module:
+    """Numbers the positions as published files do: 0 to 16 over the middle 8 of 24 patches."""
+    axis = (torch.arange(24, dtype=torch.float64) - 8) * 2
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))
+    table = diffusers.models.embeddings.get_2d_sincos_pos_embed_from_grid(72, grid, output_type="pt")
+    model.pos_embed.pos_embed.copy_(table[None])
+    return model
+
+
 ORIGINALS = {
     "qwen_vl": qwen_vl,
     "qwen_vl tied": lambda: qwen_vl(tied=True),
@@ -130,7 +139,7 @@ ORIGINALS = {
     "siglip vision": siglip_vision,
     "siglip2": siglip2,
     "sd3": sd3,
-    "sd3.5 dual": lambda: sd3(dual=2, qk_norm="rms_norm"),
+    "sd3.5 dual": lambda: centred(sd3(dual=2, qk_norm="rms_norm")),
     "autoencoder": autoencoder_kl,
     "autoencoder quant": lambda: autoencoder_kl(quant_convs=True),
 }

@@ -74,6 +74,19 @@ CONFIGS = {
         "vision_config": _QWEN_VISION | {"out_hidden_size": 3584},
         "vocab_size": 152064,
     },
+    # As transformers 4.49 has left it: without what is equal to its defaults.
+    "Qwen2.5-VL-32B": _QWEN
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "max_window_layers": 64,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "vision_config": {"hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 5120, "in_chans": 3},
+        "vocab_size": 152064,
+    },
     "siglip-so400m-patch14-384": {
         "architectures": ["SiglipModel"],
         "initializer_factor": 1.0,

@@ -75,6 +75,15 @@ def test_outputs(saved, name, record_property):
     assert max(found.values()) < TOLERANCE
 
 
+def test_positions_are_numbered_as_the_stored_table_has_them(saved):
+    """config.json does not tell; another network than the stored one is refused where it begins from it."""
+    found = {name: pretrained.load(saved(name)).config for name in ("sd3", "sd3.5 dual")}
+    assert [config.position_origin for config in found.values()] == ["corner", "centre"]
+    published = pretrained.settled(pretrained.open_part(saved("sd3.5 dual"), "dit"))
+    ours = dataclasses.replace(found["sd3.5 dual"], position_origin="corner")
+    assert pretrained.differences(ours, published.config, "dit") == [("dit.position_origin", "corner", "centre")]
+
+
 def test_dtype_is_cast_on_the_way(saved):
     whole, half = (pretrained.load(saved("siglip"), dtype=dtype).params for dtype in (None, "bfloat16"))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole)
