@@ -95,7 +95,7 @@ class DualPathway(nn.Module):
         dtype = jnp.dtype(self.execution.compute_dtype)
         x = Dense(self.width, ("embed", None), True, dtype, name=f"{name}_projection")(RMSNorm(name=f"{name}_norm")(x))
         null = self.param(f"{name}_null", parameter(nn.initializers.normal(1.0), None), (self.width,))
-        return jnp.where(dropped[..., None], null.astype(x.dtype), x)
+        return jnp.where(dropped[..., None], null.astype(jnp.float32), x).astype(dtype)
 
 
 def mean(x: jax.Array, members: jax.Array) -> jax.Array:

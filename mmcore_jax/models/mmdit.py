@@ -294,7 +294,8 @@ def _pick(table: jax.Array, slots: jax.Array) -> jax.Array:
         return table
     if table.shape[1] > MOST_SUMMED:
         return jnp.matmul(jax.nn.one_hot(slots, table.shape[1], dtype=table.dtype), table, precision="highest")
-    return sum((slots == t)[..., None] * table[:, t : t + 1] for t in range(table.shape[1]))
+    whole = table.astype(jnp.float32)  # as is the sum that its gradient is
+    return sum((slots == t)[..., None] * whole[:, t : t + 1] for t in range(table.shape[1])).astype(table.dtype)
 
 
 class Embedder(nn.Module):

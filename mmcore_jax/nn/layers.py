@@ -1,4 +1,7 @@
-"""Layers that several networks share. Norm statistics are float32, matrix products run in the compute dtype."""
+"""Layers that several networks share. Norm statistics are float32, matrix products run in the compute dtype.
+
+What is the same for all tokens is added to them in float32, so that its gradient, their sum, is one of float32, too.
+"""
 
 import flax.linen as nn
 import jax
@@ -29,7 +32,7 @@ class Dense(nn.Module):
         y = _matmul(x, self.param("kernel", parameter(self.kernel_init, *self.names), shape))
         if self.use_bias:
             bias = self.param("bias", parameter(nn.initializers.zeros, self.names[1]), (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = (y + bias.astype(jnp.float32)).astype(self.dtype)
         if self.lora:
             a = self.param("lora_a", parameter(_LORA_INIT, "lora", None), (shape[0], self.lora.rank))
             b = self.param("lora_b", parameter(nn.initializers.zeros, None, "lora"), (self.lora.rank, shape[1]))
