@@ -20,9 +20,9 @@ if ! grep -qsF "$PWD/.venv" .venv/bin/activate; then
   for python in "${pythons[@]}"; do
     if new_enough "$python"; then break; fi
   done
-  if ${fetch_python:-false} && ! new_enough "$python"; then
-    "${pythons[0]}" -m pip install --quiet --user uv && "${pythons[0]}" -m uv python install --quiet 3.12 || exit 1
-    python=$("${pythons[0]}" -m uv python find 3.12) || exit 1
+  if [[ -z ${PYTHON:-} ]] && ${fetch_python:-false} && ! new_enough "$python"; then
+    python3 -m pip install --quiet --user uv && python3 -m uv python install --quiet 3.12 || exit 1
+    python=$(python3 -m uv python find 3.12) || exit 1
   fi
   if ! new_enough "$python"; then
     found=$("${pythons[0]}" --version 2>&1) || found="not found"

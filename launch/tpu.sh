@@ -113,11 +113,13 @@ at_nodes() { # COMMAND...: for all nodes at once, @node@ standing for the name; 
       started+=($!)
     fi
   done
+  trap 'kill "${started[@]}" 2>/dev/null; exit 130' INT TERM
   for node in "${started[@]}"; do
     last=0
     wait "$node" || last=$?
     ((last == 0 || code == 2)) || code=$last
   done
+  trap - INT TERM
   return "$code"
 }
 

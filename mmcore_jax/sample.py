@@ -152,14 +152,14 @@ class Painter:
         It has more images than any example in training, a size that does not fit or is too large a file, or a negative
         prompt in vain.
         """
+        if job.size:
+            generate.check_size(job.size, self.config, f"the size {generate.show_size(job.size)} of {job.output}")
         height, width = self.size_of(job)
         if height * width * self._scale**2 > MAXIMUM_PIXELS:
             raise UserError(
                 f"{job.output} would have {height * self._scale} x {width * self._scale} pixels, more than can be read "
                 f"again ({MAXIMUM_PIXELS:,}): give --scale less than {self._scale}."
             )
-        if job.size:
-            generate.check_size(job.size, self.config, f"the size {generate.show_size(job.size)} of {job.output}")
         most, given = self.config.data.budgets.images, len(requests.images_of(job.request))
         if given >= most:
             raise UserError(

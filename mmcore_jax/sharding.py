@@ -62,7 +62,7 @@ def make_mesh(settings: config_lib.Mesh, devices: list | None = None) -> Mesh:
             f"its sizes must multiply to {len(devices)}."
         )
     # What GPUs call a slice is a node, and fsdp may well go over several.
-    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "coords") else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     if filled[0] % slices:
         raise UserError(f"config.mesh.data is {filled[0]}: make it a multiple of the {slices} slices of TPUs.")
     inside, across = (filled[0] // slices, *filled[1:]), (slices, *(1 for _ in AXES[1:]))

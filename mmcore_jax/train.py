@@ -319,11 +319,11 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and not (workdir / "checkpoints").exists():
+            (workdir / RUN_FILE).write_text(secrets.token_hex(8))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(config.to_json())
         temporary.replace(path)
-        if not (workdir / RUN_FILE).exists():
-            (workdir / RUN_FILE).write_text(secrets.token_hex(8))
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}.") from error
 

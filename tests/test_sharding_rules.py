@@ -110,7 +110,8 @@ def test_slices_are_split_along_the_data_axis():
 
 def test_nodes_of_gpus_are_no_slices():
     devices = [
-        Device(id=n, process_index=n // 4, slice_index=n // 4, platform="gpu", device_kind="H100") for n in range(8)
+        Device(id=n, process_index=n // 4, slice_index=n // 4, coords=[n % 4], platform="gpu", device_kind="H100")
+        for n in range(8)
     ]
     placed = sharding.make_mesh(config.Mesh(1, 8, 1, 1), devices)
     assert [*placed.devices.flat] == devices

@@ -231,7 +231,7 @@ def make_item(
     speaker, pending = None, []
     for number, (now, segment) in enumerate(zip(speakers, segments)):
         if now != speaker:
-            ended = bool(tokens.ids) and tokens.ids[-1] == chat.turn_end  # where that is learned
+            ended = bool(tokens.ids) and tokens.ids[-1] == chat.turn_end
             between = chat.preamble if speaker is None else chat.close[ended:]
             tokens.add(between + chat.open[now], TEXT, len(frames))
             speaker = now

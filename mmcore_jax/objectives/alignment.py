@@ -52,8 +52,8 @@ def measure(model: MMCORE, params: Params, batches: Sequence, mesh: Mesh) -> dic
         total = step(total, params, sharding.shard_batch(arrays, mesh))
     if not total[1]:
         raise UserError(
-            f"the first {MEASURED_BATCHES} batches generate no image, so that no mean of targets can be measured: give "
-            "a source that does a weight from step 0 on, or begin without config.objectives.alignment."
+            f"the first batches (up to {MEASURED_BATCHES}) generate no image, so that targets have no mean to measure: "
+            "give a source that does a weight from step 0 on, or begin without config.objectives.alignment."
         )
     return {"target_mean": total[0] / total[1]}
 

@@ -110,7 +110,7 @@ def evaluate(config: Config, topology: str, slices: int = 1) -> Outcome:
     """Compiles the step of a run and says what it takes.
 
     Raises:
-      UserError: if the topology is unknown, the mesh or the batch does not fit it, or a kernel does not fit on a core.
+      UserError: if the topology is unknown, the mesh or the batch does not fit it, or the compiler gives up.
     """
     made = program(config, devices(topology, slices))
     outcome = _prepare(config, made, topology, slices)
@@ -224,7 +224,7 @@ def _out_of_memory(outcome: Outcome, message: str) -> None:
         outcome.memory["activations, temporaries"] = _bytes(alone[1], alone[2])
     else:
         first = message.split("\n")[0]
-        raise UserError(f"the step does not compile, for lack of another memory than the chip's main one: {first}")
+        raise UserError(f"the step does not compile, and the compiler does not say how much is missing: {first}")
     outcome.needed = sum(outcome.memory.values())
     for part in re.split(r"\n\s*\d+\. ", message)[1:]:
         size, kind = re.search(rf"Size: {_SIZE}", part), re.search(r"Shape: (\S+)", part)

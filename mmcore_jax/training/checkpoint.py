@@ -7,6 +7,7 @@ and their fingerprint. Frozen parameters themselves are not written.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -40,6 +41,7 @@ from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, r
 
 RANDOM = "random"
 RUN_FILE = "run_id"
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 PART_FILE = "part.json"
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
@@ -213,7 +215,7 @@ def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManag
     handlers: dict[str, Any] = {"record": ocp.JsonCheckpointHandler(multiprocessing_options=among)}
     for name in _TREES:
         handlers[name] = ocp.PyTreeCheckpointHandler(multiprocessing_options=among, type_handler_registry=registry)
-    of_run = hashlib.sha256(f"{workdir.absolute()} {run_id(workdir)}".encode()).hexdigest()[:8]
+    of_run = hashlib.sha256(f"{workdir.absolute()}{run_id(workdir)}".encode()).hexdigest()[:8]
     part = f"process_{jax.process_index()}_of_{jax.process_count()}"
     if jax.process_count() > 1:
         part += f"-mesh_{'_'.join(map(str, dataclasses.astuple(config.mesh)))}-devices_{jax.device_count()}"
@@ -239,18 +241,17 @@ def _read_twice(directory: Any, abstract: State) -> tuple[Any, str]:
       UserError: as `_read` does.
       JaxRuntimeError: where the devices have no room, which is no fault of the checkpoint.
     """
-    try:
-        return _read(directory, abstract), ""
-    except UserError:
-        raise
-    except Exception:
-        time.sleep(1)
-    try:
-        return _read(directory, abstract), ""
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+    for pause in (1, 0):
+        try:
+            return _read(directory, abstract), ""
+        except UserError:
             raise
-        return None, f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            problem = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        time.sleep(pause)
+    return None, problem
 
 
 def _read(directory: Any, abstract: State) -> tuple[dict, dict[str, Any]]:
@@ -299,15 +300,15 @@ def _flat(items: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns a full disk into a `UserError`, and what may pass, as when storage does not answer, into `TryAgain`."""
+    """Turns a disk that is full or closed to us into a `UserError`, and what may pass into `TryAgain`."""
     try:
         yield
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).split("\n")[0][-200:]  # the system's own words come last
-        full = any(os.strerror(number) in str(error) for number in FULL)
-        raise (UserError if full else TryAgain)(
+        full, closed = (any(os.strerror(number) in str(error) for number in kind) for kind in (FULL, _CLOSED))
+        raise (UserError if full or closed else TryAgain)(
             f"a checkpoint in {manager.directory} cannot be written ({reason}); the ones before it are intact: "
-            f"{'make room, and ' * full}run the same command again."
+            f"{'make room, and ' * full}{'let it be written to, and ' * closed}run the same command again."
         ) from error
 
 

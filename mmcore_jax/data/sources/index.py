@@ -71,6 +71,8 @@ def _load(shard: Shard) -> pa.RecordBatch | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if isinstance(error, PermissionError) and "://" in path:  # what some stores say of what is not there
+            return None
         raise UserError(f"cannot read the index {path}: {error}.") from error
     try:
         with opened as file:
