@@ -134,11 +134,11 @@ class Painter:
         """Raises `UserError` if the run is no stage 2."""
         self._workdir, self._batch_size = arguments.workdir, arguments.batch_size
         self.config = config_lib.from_json(self._workdir / "config.json")
-        self._scale = arguments.scale or max(1, 256 // self.config.data.image_size)
         if self.config.sampling is None:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
             )
+        self._scale = arguments.scale or max(1, 256 // self.config.data.image_size)
         names = ("solver", "steps", "text_scale", "visual_scale", "image_scale")
         given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
         self._settings = dataclasses.replace(self.config.sampling, **given)
