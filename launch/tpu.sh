@@ -104,7 +104,7 @@ ready() { # creates the slice where it is not there, and waits for it
 }
 
 at_nodes() { # COMMAND...: for all nodes at once, @node@ standing for the name; a mistake (exit code 2) at one counts most
-  local node command started=() code=0 last
+  local node process command started=() code=0 last
   for node in "${nodes[@]}"; do
     command=("${@//@node@/$node}")
     echo "+ $(quoted "${command[@]}")"
@@ -114,9 +114,9 @@ at_nodes() { # COMMAND...: for all nodes at once, @node@ standing for the name; 
     fi
   done
   trap 'kill "${started[@]}" 2>/dev/null; exit 130' INT TERM
-  for node in "${started[@]}"; do
+  for process in "${started[@]}"; do
     last=0
-    wait "$node" || last=$?
+    wait "$process" || last=$?
     ((last == 0 || code == 2)) || code=$last
   done
   trap - INT TERM

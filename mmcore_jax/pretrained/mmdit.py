@@ -108,9 +108,9 @@ def buffers(c: MMDiT) -> dict[str, np.ndarray]:
 
 def settle(c: MMDiT, stored: Mapping[str, np.ndarray]) -> MMDiT:
     """With the origin of the positions whose table is stored; config.json does not tell."""
-    choices = [dataclasses.replace(c, position_origin=origin) for origin in ("corner", "centre")]
     if _POSITIONS not in stored or stored[_POSITIONS].shape != (1, c.position_grid**2, c.width):
         return c
+    choices = [dataclasses.replace(c, position_origin=origin) for origin in ("corner", "centre")]
     first_row = stored[_POSITIONS][0, : c.position_grid, : c.width // 2].astype(np.float32)
     return min(choices, key=lambda choice: np.abs(first_row - sincos_axis(choice)).max())
 
