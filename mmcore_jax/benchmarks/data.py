@@ -38,6 +38,7 @@ from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.layout import ChatFormat, Tokens
 from mmcore_jax.data.pipeline import Batches
+from mmcore_jax.data.sources.array_record import WRITER_OPTIONS
 from mmcore_jax.data.text import load_tokenizer, train_tokenizer
 from mmcore_jax.nn import masks
 
@@ -223,7 +224,7 @@ def write(directory: pathlib.Path, pairs: list[Pair], shards: int) -> None:
     train_tokenizer((pair.caption for pair in pairs), 512, directory / "tokenizer")
     for shard in range(shards):
         chosen = {number: pairs[number] for number in range(shard, len(pairs), shards)}
-        native = ArrayRecordWriter(str(directory / f"{shard}.array_record"), "group_size:1")
+        native = ArrayRecordWriter(str(directory / f"{shard}.array_record"), WRITER_OPTIONS)
         with webdataset.TarWriter(str(directory / f"{shard}.tar")) as tar:
             for number, (encoded, caption) in chosen.items():
                 segments = [example_lib.text(caption), example_lib.image(encoded, generate=True)]

@@ -46,6 +46,7 @@ from mmcore_jax.data import example as examples_lib
 from mmcore_jax.data import openmoji_pictures as pictures
 from mmcore_jax.data import openmoji_words as words
 from mmcore_jax.data import text as text_lib
+from mmcore_jax.data.sources.array_record import WRITER_OPTIONS
 from mmcore_jax.progress import Progress
 
 BUILDER_VERSION = 4
@@ -672,7 +673,7 @@ def _write_shards(directory: pathlib.Path, name: str, records: list[bytes]) -> N
 
 
 def _write_records(path: pathlib.Path, records: list[bytes]) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
     for record in records:
         writer.write(record)
     writer.close()

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def _fill(sizes: np.ndarray, count: int) -> list[list[int]] | None:
 
 
 def assemble(
-    rows: list[list[tuple[Item, list[Picture]]]],
+    rows: Sequence[Iterable[tuple[Item, list[Picture]]]],
     first: int,
     budgets: Budgets,
     sizes: Geometry,
@@ -77,11 +78,13 @@ def assemble(
     What the images bring of `features` is written into those, zeros before. Where there are pixels for the autoencoder,
     all are of the first bucket of `sizes`.
     """
-    batch = empty(len(rows), budgets, sizes)._replace(features=features or Features())
+    batch = empty(len(rows), budgets, sizes, np.empty)._replace(features=features or Features())
     for b, row in enumerate(rows):
         cursor = _Cursor()
         for document, (item, pictures) in enumerate(row):
             _write_item(batch, b, document, item, pictures, cursor, sizes)
+        for pixels in (batch.images.pixels, batch.images.targets):
+            pixels[b, cursor.slot :] = 0
     return batch._replace(row=np.arange(first, first + len(rows), dtype=np.int32))
 
 
@@ -115,10 +118,8 @@ def _write_item(
 
     for number, (frame, picture) in enumerate(zip(item.frames, pictures)):
         batch.images.number[b, at.slot] = number
-        if picture.pixels is not None:
-            batch.images.pixels[b, at.slot] = picture.pixels
-        if picture.target is not None:
-            batch.images.targets[b, at.slot] = picture.target
+        batch.images.pixels[b, at.slot] = 0 if picture.pixels is None else picture.pixels
+        batch.images.targets[b, at.slot] = 0 if picture.target is None else picture.target
         if picture.vlm is not None:
             _write_patches(batch.patches, b, document, picture.vlm, at, sizes)
         if frame.generate:
@@ -182,8 +183,8 @@ def _write_meta(meta: TokenMeta, b: int, span: slice, *values) -> None:
         field[b, span] = value
 
 
-def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
-    """A batch of nothing but padding; its pixels are of the first bucket."""
+def empty(rows: int, budgets: Budgets, sizes: Geometry, allocate: Callable[..., np.ndarray] = np.zeros) -> Interleaved:
+    """A batch of nothing but padding; its pixels, which `allocate` makes, are of the first bucket."""
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((rows, *shape), np.int32)
@@ -195,7 +196,7 @@ def empty(rows: int, budgets: Budgets, sizes: Geometry) -> Interleaved:
     images, length, patches = budgets.images, budgets.vlm_tokens, bool(sizes.vision_patch) * budgets.vision_patches
 
     def pixels(height: int, width: int) -> np.ndarray:
-        return np.zeros((rows, images, height, width, 3), np.uint8)
+        return allocate((rows, images, height, width, 3), np.uint8)
 
     return Interleaved(
         row=zeros(),

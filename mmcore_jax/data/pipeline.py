@@ -12,7 +12,7 @@ import pickle
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -83,11 +83,11 @@ class Batches(grain.MapDataset):
         numbers = range(len(self._reader.sources))
         self.scans = [scan.load(config, self._reader, i, progress, config.data.workers) for i in numbers]
         self._planner = Planner(config, self.scans, start)
-        self._one_bucket, self._read = geometry.one_bucket(config), self._reader.prepare
+        self._one_bucket, self._read = geometry.one_bucket(config), self._reader.parse
         bytes_each = len(pickle.dumps(packing.placeholder(config)))
         # An epoch must fit, or nothing is there any more when it comes again.
         if bytes_each * sum(map(len, self._reader.sources)) <= _CACHE_BYTES:
-            self._read = functools.cache(self._read)
+            self._read = functools.cache(self._reader.prepare)
 
     def __reduce__(self) -> tuple:
         return Batches, (self._config, *self._processes, self._planner.start, None, self._reader)
@@ -114,11 +114,11 @@ class Batches(grain.MapDataset):
         size, first = self._config.batch_size // count, step * self._config.batch_size
         planned = [self._planner.row(first + row) for row in range(self._config.batch_size)]
         skipped: list[Skipped] = []
-        rows = [self._prepare(row, skipped) for row in planned[index * size : (index + 1) * size]]
+        rows, ids = self._prepare(planned[index * size : (index + 1) * size], skipped)
         draws = [*itertools.chain(*planned)]
         return Batch(
             self._reader.assemble(rows, index * size, self._bucket(draws)),
-            [[prepared.id for prepared in row] for row in rows],
+            ids,
             np.bincount([source for source, _ in draws], minlength=len(self.scans)),
             skipped,
             self._planner.position(first + self._config.batch_size),
@@ -148,19 +148,33 @@ class Batches(grain.MapDataset):
                 image.open_rgb(segment["image"])
         return example
 
-    def _prepare(self, row: list, skipped: list[Skipped]) -> list[Prepared]:
-        """The examples of a row that can be read; adds to `skipped`."""
-        prepared = []
-        for number, index in row:
-            source = self._reader.sources[number]
+    def _prepare(self, rows: list[list[Draw]], skipped: list[Skipped]) -> tuple[list[Iterator[Prepared]], list]:
+        """The examples of rows that can be read, and their ids, which are there when they have been taken.
+
+        All are read and tokenised before the first is decoded: in turns, each is slower, from cold caches. Decoded,
+        one is to be written before the next is: images are large.
+        """
+        read = [[*self._good(((draw, draw) for draw in row), lambda draw: self._read(*draw), skipped)] for row in rows]
+        ids: list[list[str]] = [[] for _ in rows]
+
+        def decoded(row: list[tuple[Draw, Prepared]], names: list[str]) -> Iterator[Prepared]:
+            for (number, index), prepared in self._good(row, Prepared.load, skipped):
+                if prepared.shortened:
+                    source = self._reader.sources[number]
+                    skipped.append(Skipped(source.name, prepared.shortened, source.where(index), lost=False))
+                names.append(prepared.id)
+                yield prepared
+
+        return [decoded(row, names) for row, names in zip(read, ids)], ids
+
+    def _good(self, values: Iterable, make: Callable[[Any], Prepared], skipped: list[Skipped]) -> Iterator:
+        """Yields (draw, `make(value)`) of each (draw, value) that is not bad; adds the others to `skipped`."""
+        for (number, index), value in values:
             try:
-                prepared.append(self._read(number, index))
+                yield (number, index), make(value)
             except BadExample as bad:
+                source = self._reader.sources[number]
                 skipped.append(Skipped(source.name, str(bad), source.where(index)))
-                continue
-            if prepared[-1].shortened:
-                skipped.append(Skipped(source.name, prepared[-1].shortened, source.where(index), lost=False))
-        return prepared
 
     def _bucket(self, draws: list[Draw]) -> Shape | None:
         """The bucket that the examples of a global batch share, if they do."""

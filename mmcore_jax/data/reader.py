@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmcore_jax.config import Config
@@ -20,12 +20,17 @@ from mmcore_jax.progress import Progress
 
 
 class Prepared(NamedTuple):
-    """An example that is ready to be written into a row."""
+    """An example that is ready to be written into a row, once its images are decoded."""
 
     id: str
     content: Any  # a layout.Item, or the token ids of a pair
-    images: list  # a layout.Picture each, or the pixels of a pair
     shortened: str | None  # how it was made to fit
+    decode: Callable[[], list]
+    images: list | None = None  # a layout.Picture each, or the pixels of a pair
+
+    def load(self) -> "Prepared":
+        """Itself with its images; raises `BadExample` where one does not decode."""
+        return self if self.images is not None else self._replace(images=self.decode())
 
 
 class Reader:
@@ -97,31 +102,40 @@ class Reader:
 
     def prepare(self, source: int, index: int) -> Prepared:
         """Reads, checks, tokenises and decodes an example; raises `BadExample`."""
+        return self.parse(source, index).load()
+
+    def parse(self, source: int, index: int) -> Prepared:
+        """As `prepare`, but for decoding."""
         example = self.read(source, index)
         if self._data.layout == "pairs":
             encoded, tokens = self._pair(example)
             size = self._config.model.vision_target.vision.image_size
-            return Prepared(example["id"], tokens, [image_lib.decode(encoded, size)], None)
+            return Prepared(example["id"], tokens, None, lambda: [image_lib.decode(encoded, size)])
         item, shortened = self._fit(example, self._policies[source])
+        return Prepared(item.id, item, shortened, lambda: self._pictures(source, index, item))
+
+    def _pictures(self, source: int, index: int, item: layout.Item) -> list[layout.Picture]:
         pictures = [layout.picture(frame, self.shown) for frame in item.frames]
         if self._weights:
             given = features.joined(item, [store[index] for store in self._stores[source]])
             pictures = [shown._replace(features=found) for shown, found in zip(pictures, given)]
-        return Prepared(item.id, item, pictures, shortened)
+        return pictures
 
-    def assemble(self, rows: list[list[Prepared]], first: int, bucket: Shape | None = None) -> Interleaved | Pairs:
+    def assemble(
+        self, rows: Sequence[Iterable[Prepared]], first: int, bucket: Shape | None = None
+    ) -> Interleaved | Pairs:
         """Writes rows of examples into arrays.
 
         Args:
-          rows: of examples.
+          rows: of examples, each of which is written as it comes.
           first: the place of the first row in the global batch.
           bucket: that all examples share, if they have to.
         """
         if self._data.layout == "pairs":
             target = self._config.model.vision_target
-            pairs = [(row[0].images[0], row[0].content) if row else None for row in rows]
+            pairs = [next(((one.images[0], one.content) for one in row), None) for row in rows]
             return packing.assemble_pairs(pairs, first, target.vision.image_size, target.text.max_length)
-        packed = [[(prepared.content, prepared.images) for prepared in row] for row in rows]
+        packed = [((prepared.content, prepared.images) for prepared in row) for row in rows]
         given = features.empty(len(rows), self._config, self.sizes, self._weights) if self._weights else None
         sizes = dataclasses.replace(self.shown, buckets=(bucket,)) if bucket else self.shown
         return packing.assemble(packed, first, self._data.budgets, sizes, given)

@@ -8,6 +8,7 @@ from mmcore_jax.data import example as example_lib
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.sources.sharded import Cache, Sharded
 
+WRITER_OPTIONS = "group_size:1,uncompressed"  # images are compressed already, and unpacking takes time all the same
 _OPEN_FILES = 256
 _OPTIONS = dict(options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
 

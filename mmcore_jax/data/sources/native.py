@@ -15,6 +15,7 @@ from mmcore_jax.data import example as example_lib
 from mmcore_jax.data import workers
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.sources import RandomAccess
+from mmcore_jax.data.sources.array_record import WRITER_OPTIONS
 from mmcore_jax.progress import Progress
 
 
@@ -98,7 +99,7 @@ def _write(job: _Job, shard: int) -> dict:
     bad: collections.Counter[str] = collections.Counter()
     written, partial = 0, job.path(shard).with_suffix(f".{os.getpid()}.partial")
     try:
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         for record in _encode(job, shard, bad):
             writer.write(record)
             written += 1
