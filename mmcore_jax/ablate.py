@@ -30,18 +30,23 @@ def main(argv: Sequence[str]) -> None:
     comparisons, overrides = choose(arguments.variants), read_overrides(rest)
     family = Family(arguments.config, arguments.workdir, overrides)
     jobs = family.jobs(comparisons, arguments.seeds)
-    jobs_lib.check(jobs)
-    others = report.read_others(arguments.also, family, comparisons)
+    jobs_lib.check(jobs, arguments.cases)
+    before = arguments.workdir / report.RESULTS_FILE
+    files = [*arguments.also, *([before] if before.is_file() else [])]
+    others = report.read_others(files, family, comparisons, arguments.cases)
     try:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {arguments.workdir}: {error.strerror}.") from error
-    jobs_lib.run(jobs, arguments.workdir, doors(arguments.data, arguments.cases), arguments.minutes)
+    made_by = doors(arguments.data, arguments.cases)
+    failed = jobs_lib.run(jobs, arguments.workdir, made_by, arguments.minutes, others.keys())
     results = report.Results(arguments.workdir, family, comparisons, arguments.seeds, others)
     path = report.write(arguments.workdir, results)
     print(f"\n{path}: {len(results.jobs) - len(results.left)} of {len(results.jobs)} runs are in it.")
     for name in results.left:
         print(f"left: {name}")
+    if failed:
+        raise UserError("; ".join(f"{name} failed: {error}" for name, error in failed.items()))
 
 
 def doors(data: str, cases: int) -> Doors:

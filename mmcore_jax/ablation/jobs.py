@@ -13,12 +13,12 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.ablation.table import CONTROL, STAGES, VARIANTS, Comparison
-from mmcore_jax.config import Config, UserError
+from mmcore_jax.config import Config, TryAgain, UserError
 
 SECONDS_FILE = "seconds.json"
 
@@ -41,7 +41,8 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """Stands for the settings, wherever the runs lie that it begins from, which have fingerprints of their own."""
-        settings = json.dumps(dataclasses.asdict(_comparable(self.config)) | {"init": sorted(self.config.init)})
+        init = {part: pathlib.Path(source).name for part, source in sorted(self.config.init.items())}
+        settings = json.dumps(dataclasses.asdict(_comparable(self.config)) | {"init": init})
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
@@ -50,7 +51,11 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return self.is_trained and (not self.judged or (self.workdir / "evaluation/scores.json").is_file())
+        return self.is_trained and (not self.judged or self.scores.is_file())
+
+    @property
+    def scores(self) -> pathlib.Path:
+        return self.workdir / "evaluation/scores.json"
 
 
 class Family:
@@ -92,14 +97,21 @@ class Family:
         return list(ordered.values())
 
 
-def check(jobs: Sequence[Job]) -> None:
-    """Raises `UserError` where a run was made with other settings than are asked for now."""
+def check(jobs: Sequence[Job], cases: int) -> None:
+    """Raises `UserError` where a run was made with other settings than are asked for, or scored on other `cases`."""
     for job in jobs:
+        if (there := read_cases(job)) not in (None, cases):
+            raise UserError(f"{job.workdir} was scored with --cases={there}: give the same, or delete its evaluation.")
         path = job.workdir / "config.json"
         if path.is_file() and (changed := _different(config_lib.from_json(path), job.config)):
             raise UserError(
                 f"{job.workdir} was made with another config.{changed}: choose another --workdir, or delete it."
             )
+
+
+def read_cases(job: Job) -> int | None:
+    """On how many cases of each set a run was scored, if it was."""
+    return json.loads(job.scores.read_text())["settings"]["cases"] if job.scores.is_file() else None
 
 
 def _different(there: Config, ours: Config) -> str | None:
@@ -124,28 +136,56 @@ class Doors(NamedTuple):
     evaluate: Callable[[Job], None]
 
 
-def run(jobs: Sequence[Job], root: pathlib.Path, doors: Doors, minutes: float | None) -> list[Job]:
-    """Makes what is not there, and returns what is left when the time is over or the process is told to stop.
+def run(
+    jobs: Sequence[Job], root: pathlib.Path, doors: Doors, minutes: float | None, known: Collection[str] = ()
+) -> dict[str, UserError]:
+    """Makes what is not there, until the time is over or the process is told to stop, and returns what failed, by name.
 
+    Runs that another machine has made, `known` by name, are made again only where a run to be made begins from them.
     What trains when the time is over saves itself first, and continues at the next call.
     """
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    begin, todo = time.monotonic(), [job for job in jobs if not job.is_done]
+    begin, todo, failed = time.monotonic(), wanted(jobs, known), {}
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done.", flush=True)
     for number, job in enumerate(todo):
         if end is not None and time.monotonic() >= end:
             break
+        if any(needed.name in failed for needed in job.needs):
+            failed[job.name] = UserError("it begins from a run that failed.")
+            continue
         passed = (time.monotonic() - begin) / 60
         print(f"\n[{number + 1} of {len(todo)}, {passed:.1f} min] {job.name}", flush=True)
-        with _counted(root, job):
-            if not job.is_trained:
-                with _stopping_at(end):
-                    doors.train(job)
+        try:
+            with _counted(root, job):
                 if not job.is_trained:
-                    break
-            if job.judged:
-                doors.evaluate(job)
-    return [job for job in jobs if not job.is_done]
+                    with _stopping_at(end):
+                        doors.train(job)
+                    if not job.is_trained:
+                        break
+                if job.judged:
+                    doors.evaluate(job)
+        except TryAgain:
+            raise
+        except UserError as error:
+            print(f"{job.name} failed: {error}", flush=True)
+            failed[job.name] = error
+    return failed
+
+
+def wanted(jobs: Sequence[Job], known: Collection[str]) -> list[Job]:
+    """Those that are neither done nor `known`, and, of those that they begin from, the ones that are not done."""
+    names: set[str] = set()
+
+    def add(job: Job) -> None:
+        names.add(job.name)
+        for needed in job.needs:
+            if not needed.is_trained:
+                add(needed)
+
+    for job in jobs:
+        if not job.is_done and job.name not in known:
+            add(job)
+    return [dataclasses.replace(job, judged=job.judged and job.name not in known) for job in jobs if job.name in names]
 
 
 @contextlib.contextmanager
@@ -166,13 +206,22 @@ def _stopping_at(end: float | None) -> Iterator[None]:
 def _counted(root: pathlib.Path, job: Job) -> Iterator[None]:
     """Adds the time that passes to what a job has taken so far."""
     begin = time.monotonic()
-    yield
-    taken = seconds(root)
-    taken[job.name] = round(taken.get(job.name, 0.0) + time.monotonic() - begin, 1)
-    (root / SECONDS_FILE).write_text(json.dumps(taken, indent=1) + "\n")
+    try:
+        yield
+    finally:
+        taken = seconds(root)
+        taken[job.name] = round(taken.get(job.name, 0.0) + time.monotonic() - begin, 1)
+        write_json(root / SECONDS_FILE, taken)
 
 
 def seconds(root: pathlib.Path) -> dict[str, float]:
     """How long each run and its evaluation have taken."""
     path = root / SECONDS_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

@@ -11,29 +11,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmcore_jax.ablation.jobs import Family, Job, seconds
-from mmcore_jax.ablation.statistics import Interval, intervals, verdict
-from mmcore_jax.ablation.table import COMPARISONS, STAGES, VARIANTS, Comparison, Metric
+from mmcore_jax.ablation import statistics
+from mmcore_jax.ablation.jobs import Family, Job, read_cases, seconds, write_json
+from mmcore_jax.ablation.statistics import Interval, verdict
+from mmcore_jax.ablation.table import COMPARISONS, LOWEST_TIMESTEP, STAGES, VARIANTS, Comparison, Metric
 from mmcore_jax.config import UserError
 from mmcore_jax.training.telemetry import read_metrics
 
 RESULTS_FILE = "results.json"
 _DROPPED = {"both": "nothing", "visual": "text", "text": "visual"}  # by what a variant draws by
 _HOW_TO_READ = """\
-A difference is (first - second) on the same seeds. Intervals are of 95%; the spread of seeds is taken to be the same in
-all rows of a measure, and is estimated from all of them. Where the interval holds zero, the direction is not resolved;
-of a single seed there is none. The measure of each comparison was chosen before the runs. These are networks of a few
+A difference is (first - second), and all three means are over the seeds that have both. Intervals are of 95%: of the
+values of all runs of a question, what neither the run nor the seed explains is taken to be noise of one spread. Where
+the interval holds zero, the direction is not resolved; of a single seed there is none. These are networks of a few
 million parameters on 32-pixel drawings: what they say of the paper's is a direction at most."""
 
 Values = dict[str, float]
+Run = tuple[str, str]
+"""A stage and a variant of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished run: `values` at its end, and over its steps the `curves` of its gauges, (step, value) each."""
+    """A finished run: `values` at its end, and over its steps the `curves` of its gauges, (step, value) each.
+
+    Its scores are of `cases` cases of each set, None where it was not evaluated.
+    """
 
     fingerprint: str
     seconds: float
+    cases: int | None
     values: Values
     curves: dict[str, list[tuple[int, float]]]
 
@@ -55,7 +62,8 @@ class Results:
         self.seeds = sorted({*seeds, *map(_seed, others)})
         self.jobs = family.jobs(comparisons, self.seeds)
         own = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
-        self._records = {job.name: others[job.name] for job in self.jobs if job.name in others} | own
+        self._all = others | own
+        self._records = {job.name: self._all[job.name] for job in self.jobs if job.name in self._all}
 
     @property
     def left(self) -> list[str]:
@@ -68,9 +76,8 @@ class Results:
         return sum(record.seconds for record in self._records.values()) / 60
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes all that is known."""
-        known = {name: dataclasses.asdict(record) for name, record in self._records.items()}
-        path.write_text(json.dumps(known, indent=1) + "\n")
+        """Writes all that is known, of runs that nobody asked for, too."""
+        write_json(path, {name: dataclasses.asdict(record) for name, record in self._all.items()})
 
     def record(self, variant: str, stage: str, seed: int) -> Record | None:
         """Of the run that serves a variant, if it is done."""
@@ -80,30 +87,46 @@ class Results:
         record = self.record(variant, stage, seed)
         return record and record.values.get(key_of(metric, variant))
 
-    def of_runs(self, metric: Metric) -> dict[str, Interval]:
-        """`stage-variant` -> mean over the seeds."""
-        rows = defaultdict(list)
-        sides = {(one.stage, side) for one in self.comparisons for side in one.sides}
-        for stage, variant in sides:
-            found = (self.value(variant, stage, seed, metric) for seed in self.seeds)
-            rows[f"{stage}-{variant}"] = [value for value in found if value is not None]
-        return intervals(rows)
+    def means(self, question: str, metric: Metric) -> dict[Run, float]:
+        """Of each run of a question over the seeds that it has."""
+        values = defaultdict(list)
+        for (run, _), value in self._values(question, metric).items():
+            values[run].append(value)
+        return {run: float(np.mean(of_seeds)) for run, of_seeds in values.items()}
 
-    def differences(self, metric: Metric) -> dict[str, Interval]:
+    def both(self, one: Comparison, metric: Metric) -> tuple[float, float]:
+        """The means of both sides over the seeds that have both."""
+        pairs = [[self.value(side, one.stage, seed, metric) for side in one.sides] for seed in self.seeds]
+        first, second = np.mean([pair for pair in pairs if None not in pair], axis=0)
+        return float(first), float(second)
+
+    def differences(self, question: str, metric: Metric) -> dict[str, Interval]:
         """Name of the comparison -> mean of (variant - against) over the seeds that have both."""
-        rows = {}
-        for one in self.comparisons:
-            if metric in one.metrics:
-                pairs = [[self.value(side, one.stage, seed, metric) for side in one.sides] for seed in self.seeds]
-                rows[one.title] = [first - second for first, second in pairs if None not in (first, second)]
-        return intervals(rows)
+        titles = {_runs(one): one.title for one in self._of(question) if metric in one.metrics}
+        found = statistics.differences(self._values(question, metric), [*titles])
+        return {titles[pair]: interval for pair, interval in found.items()}
+
+    def _of(self, question: str) -> list[Comparison]:
+        return [one for one in self.comparisons if one.question == question]
+
+    def _values(self, question: str, metric: Metric) -> dict[tuple[Run, int], float]:
+        """By (run, seed)."""
+        runs = dict.fromkeys(run for one in self._of(question) for run in _runs(one))
+        found = {(run, seed): self.value(run[1], run[0], seed, metric) for run in runs for seed in self.seeds}
+        return {key: value for key, value in found.items() if value is not None}
 
 
-def read_others(files: Sequence[pathlib.Path], family: Family, comparisons: Sequence[Comparison]) -> dict[str, Record]:
-    """The runs in the `results.json` of other machines, by name.
+def _runs(one: Comparison) -> tuple[Run, Run]:
+    return (one.stage, one.variant), (one.stage, one.against)
+
+
+def read_others(
+    files: Sequence[pathlib.Path], family: Family, comparisons: Sequence[Comparison], cases: int
+) -> dict[str, Record]:
+    """The runs in the `results.json` of other machines, or of earlier calls, by name.
 
     Raises:
-      UserError: for a file that cannot be read, or is of runs with other settings.
+      UserError: for a file that cannot be read, or is of runs with other settings or scored on other than `cases`.
     """
     found: dict[str, Record] = {}
     for file in files:
@@ -111,10 +134,12 @@ def read_others(files: Sequence[pathlib.Path], family: Family, comparisons: Sequ
             known = {name: Record(**record) for name, record in json.loads(file.read_text()).items()}
             seeds = {_seed(name) for name in known}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--also {file} is not the results.json of an ablation ({error}).") from error
+            raise UserError(f"{file} is not the results.json of an ablation ({error}).") from error
         for job in family.jobs(comparisons, sorted(seeds)):
             if job.name in known and known[job.name].fingerprint != job.fingerprint:
                 raise UserError(f"{file}: {job.name} was made with other settings than are asked for now.")
+            if job.name in known and known[job.name].cases not in (None, cases):
+                raise UserError(f"{file}: {job.name} was scored with --cases={known[job.name].cases}: give the same.")
         found |= known
     return found
 
@@ -125,7 +150,7 @@ def _seed(name: str) -> int:
 
 
 def read_record(job: Job, seconds: float) -> Record:
-    """The gauges of a run, losses by timestep averaged, and its scores: those that comparisons ask for."""
+    """The gauges and the scores of a run that comparisons ask for."""
     metrics = [metric for one in COMPARISONS for metric in (*one.metrics, one.curve)]
     asked = {key_of(metric, variant) for metric in metrics for variant in VARIANTS}
     curves = defaultdict(list)
@@ -140,16 +165,18 @@ def read_record(job: Job, seconds: float) -> Record:
         if suite != "settings":
             for name, scores in sets.items():
                 values |= {f"{suite}/{name}/{key}": score["value"] for key, score in scores.items()}
-    return Record(job.fingerprint, seconds, {key: values[key] for key in sorted(asked & values.keys())}, dict(curves))
+    values = {key: values[key] for key in sorted(asked & values.keys())}
+    return Record(job.fingerprint, seconds, read_cases(job), values, dict(curves))
 
 
 def gauge_values(record: Values) -> Values:
-    """The gauges in a record of `metrics.jsonl`; of losses by timestep also the mean, without the timestep."""
-    gauges = {key: value for key, value in record.items() if key.startswith("gauge/")}
+    """The finite gauges in a record of `metrics.jsonl`; of losses by timestep also what a `Metric` means by them."""
+    gauges = {key: value for key, value in record.items() if key.startswith("gauge/") and value is not None}
     bins = defaultdict(list)
     for key, value in gauges.items():
-        if "/t_" in key:
-            bins[key.rpartition("/t_")[0]].append(value)
+        name, _, timesteps = key.rpartition("/t_")
+        if name and float(timesteps.partition("_")[0]) >= LOWEST_TIMESTEP:
+            bins[name].append(value)
     return gauges | {key: float(np.mean(values)) for key, values in bins.items()}
 
 
@@ -201,15 +228,14 @@ def _summary(results: Results) -> list[str]:
     rows = []
     for one in results.comparisons:
         metric = one.metrics[0]
-        difference = results.differences(metric).get(one.title)
+        difference = results.differences(one.question, metric).get(one.title)
         if difference:
-            means = results.of_runs(metric)
-            first, second = (means[f"{one.stage}-{side}"] for side in one.sides)
+            first, second = results.both(one, metric)
             said = one.paper if one.paper == "not reported" else f"{one.paper} ({one.where})"
             here = verdict(difference, metric.more_is_better, one.paper)
             label = f"{metric.label} ({_arrow(metric)})"
             rows.append(
-                [one.question, one.title, label, _number(first.mean), _number(second.mean), _show(difference)]
+                [one.question, one.title, label, _number(first), _number(second), _show(difference)]
                 + [str(difference.n), said, here]
             )
     if not rows:
@@ -221,17 +247,17 @@ def _summary(results: Results) -> list[str]:
 def _section(root: pathlib.Path, results: Results, question: str, ones: list[Comparison]) -> list[str]:
     """A question: its curves, every measure of every run, and every difference."""
     metrics = list(dict.fromkeys(metric for one in ones for metric in one.metrics))
-    runs = list(dict.fromkeys(f"{one.stage}-{side}" for one in ones for side in one.sides[::-1]))
+    runs = list(dict.fromkeys(run for one in ones for run in _runs(one)[::-1]))
     if not any(results.record(side, one.stage, seed) for one in ones for side in one.sides for seed in results.seeds):
         return []
-    means, differences = ({m: find(m) for m in metrics} for find in (results.of_runs, results.differences))
+    means, differences = ({m: find(question, m) for m in metrics} for find in (results.means, results.differences))
     head = [f"{metric.label} ({_arrow(metric)})" for metric in metrics]
-    values = [[name, *(_show(means[m].get(name)) for m in metrics)] for name in runs]
+    shown = [["-".join(run), *(_number(means[m][run]) if run in means[m] else "" for m in metrics)] for run in runs]
     compared = [
         [one.title, *(_show(differences[m].get(one.title) if m in one.metrics else None) for m in metrics)]
         for one in ones
     ]
-    lines = ["", f"## {question[0].upper()}{question[1:]}", "", *_table(["run", *head], values)]
+    lines = ["", f"## {question[0].upper()}{question[1:]}", "", *_table(["run", *head], shown)]
     lines += ["", *_table(["difference", *head], compared)]
     name = f"{question.replace(' ', '_')}.png"
     if _plot_curves(root / name, results, ones):
@@ -300,9 +326,9 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
     rows = []
     for one in results.comparisons:
         metric = one.metrics[0]
-        difference = results.differences(metric).get(one.title)
+        difference = results.differences(one.question, metric).get(one.title)
         if difference:
-            second = results.of_runs(metric)[f"{one.stage}-{one.against}"].mean
+            _, second = results.both(one, metric)
             scale = (100 if metric.more_is_better else -100) / max(abs(second), 1e-9)
             half = difference.high - difference.mean
             rows.append((one, scale * difference.mean, abs(scale) * half if np.isfinite(half) else 0.0))

@@ -1,10 +1,12 @@
-"""Means over a few seeds, with 95% intervals from a spread that all rows of a metric share.
+"""Differences of runs over a few seeds, with 95% intervals.
 
-Two or three seeds say little of the spread of one variant. That of seeds is taken to be the same in all rows of a
-metric (as in an analysis of variance), estimated from all of them, and Student's t has the degrees of freedom of all.
+Two or three seeds say little of the spread of one difference. All runs of a question are taken together: what a run
+gave is taken to be the run's own value, plus what its seed adds to every run, plus noise of one spread. What is left
+of the values estimates that spread, with as many degrees of freedom as values are left over (analysis of variance in
+two ways). Differences that share a run count it once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """A mean over `n` seeds; the bounds are infinite where no two seeds of any row tell the spread."""
+    """A mean over `n` seeds; the bounds are infinite where nothing tells the spread, or there is one seed only."""
 
     mean: float
     low: float
@@ -20,23 +22,40 @@ class Interval(NamedTuple):
     n: int
 
 
-def intervals(rows: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
-    """The mean and interval of each row, of values by seed; empty rows are left out."""
-    rows = {name: np.asarray(values, np.float64) for name, values in rows.items() if len(values)}
-    freedom = sum(len(values) - 1 for values in rows.values())
-    half = np.inf
-    if freedom:
-        variance = sum(np.square(values - values.mean()).sum() for values in rows.values()) / freedom
-        half = stats.t.ppf(0.975, freedom) * np.sqrt(variance)
-    return {
-        name: Interval(
-            values.mean(),
-            values.mean() - half / len(values) ** 0.5,
-            values.mean() + half / len(values) ** 0.5,
-            len(values),
-        )
-        for name, values in rows.items()
-    }
+Pair = tuple[Hashable, Hashable]
+
+
+def differences(values: Mapping[tuple[Hashable, int], float], pairs: Sequence[Pair]) -> dict[Pair, Interval]:
+    """The mean of (first - second) over the seeds that have both, for each of `pairs` that has such a seed.
+
+    Args:
+      values: by (run, seed), of all runs that share the spread.
+      pairs: of runs.
+    """
+    deviation, freedom = _noise(values)
+    found = {}
+    for first, second in pairs:
+        seeds = [seed for run, seed in values if run == first and (second, seed) in values]
+        if not seeds:
+            continue
+        mean = float(np.mean([values[first, seed] - values[second, seed] for seed in seeds]))
+        half = np.inf
+        if freedom and len(seeds) > 1:
+            half = stats.t.ppf(0.975, freedom) * deviation * (2 / len(seeds)) ** 0.5
+        found[first, second] = Interval(mean, mean - half, mean + half, len(seeds))
+    return found
+
+
+def _noise(values: Mapping[tuple[Hashable, int], float]) -> tuple[float, int]:
+    """The standard deviation of what neither the run nor the seed explains, and its degrees of freedom."""
+    columns = list(dict.fromkeys(level for key in values for level in enumerate(key)))
+    design = np.array([[level in [*enumerate(key)] for level in columns] for key in values], float)
+    given = np.array([*values.values()], float)
+    freedom = len(given) - int(np.linalg.matrix_rank(design)) if len(given) else 0
+    if not freedom:
+        return np.inf, 0
+    left = given - design @ np.linalg.lstsq(design, given, rcond=None)[0]
+    return float(np.sqrt(np.square(left).sum() / freedom)), freedom
 
 
 def verdict(difference: Interval, more_is_better: bool, paper: str) -> str:

@@ -20,24 +20,27 @@ from tests import tiny
 
 FILE = str(tiny.REPOSITORY / "configs/ablation.py")
 COMPARED = ["lora", "frozen_2"]
+CASES = 60
 NAMES = ["stage0-control", "language-control", "stage1-frozen_2", "stage1-lora", "stage1-control"]
 
 
 class Fakes:
     """Trains and evaluates in no time. A value is 0.1 a seed and 1 a letter of the variant's name."""
 
-    def __init__(self, broken: str = "") -> None:
-        self.trained, self.evaluated, self._broken = [], [], broken
+    def __init__(self, broken: str = "", failing: str = "") -> None:
+        self.trained, self.evaluated, self._broken, self._failing = [], [], broken, failing
         self.doors = Doors(self._train, self._evaluate)
 
     def _train(self, job):
         self.trained.append(job.name)
         if job.name == self._broken:
             return
+        if job.name == self._failing:
+            raise UserError("too many bad steps.")
         job.workdir.mkdir(parents=True, exist_ok=True)
         (job.workdir / "config.json").write_text(job.config.to_json())
         (job.workdir / "checkpoints" / str(job.config.total_steps)).mkdir(parents=True)
-        flow = {f"gauge/edit_tone/flow/drop_nothing/t_{low}": low for low in (0.0, 1.0)}
+        flow = {f"gauge/edit_tone/flow/drop_nothing/t_{low}_{low + 0.1}": low for low in (0.0, 0.9)}
         records = [{"step": step, "gauge/text_to_image/cosine": step / 300, **flow} for step in (0, 150, 300)]
         (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -47,7 +50,7 @@ class Fakes:
         score = {"value": value, "low": 0.0, "high": 1.0, "n": 1}
         scores = {"held_out": {"predicted/cosine": score}}
         (job.workdir / "evaluation").mkdir()
-        (job.workdir / "evaluation/scores.json").write_text(json.dumps({"settings": {}, "alignment": scores}))
+        job.scores.write_text(json.dumps({"settings": {"cases": CASES}, "alignment": scores}))
 
 
 def plan(root, seeds=(0,), overrides=None):
@@ -58,11 +61,12 @@ def plan(root, seeds=(0,), overrides=None):
 def test_what_is_done_is_known_again(tmp_path, capsys):
     _, jobs = plan(tmp_path)
     stopped, fakes = Fakes(broken="seed0/stage1-lora"), Fakes()
-    left = jobs_lib.run(jobs, tmp_path, stopped.doors, None)
-    assert [job.workdir.name for job in left] == NAMES[3:]
+    assert jobs_lib.run(jobs, tmp_path, stopped.doors, None) == {}
+    assert [job.workdir.name for job in jobs if not job.is_done] == NAMES[3:]
     assert stopped.trained == [f"seed0/{name}" for name in NAMES[:4]]
     assert stopped.evaluated == ["seed0/stage1-frozen_2"]
-    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == []
+    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == {}
+    assert all(job.is_done for job in jobs)
     assert fakes.trained == fakes.evaluated == [f"seed0/{name}" for name in NAMES[3:]]
     assert "3 of 5 runs are done" in capsys.readouterr().out
     assert set(jobs_lib.seconds(tmp_path)) == {f"seed0/{name}" for name in NAMES}
@@ -74,7 +78,7 @@ def test_an_evaluation_that_is_missing_is_made_alone(tmp_path):
     (jobs[-1].workdir / "evaluation/scores.json").unlink()
     (jobs[-1].workdir / "evaluation").rmdir()
     fakes = Fakes()
-    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == []
+    assert jobs_lib.run(jobs, tmp_path, fakes.doors, None) == {}
     assert (fakes.trained, fakes.evaluated) == ([], ["seed0/stage1-control"])
 
 
@@ -89,17 +93,52 @@ def test_when_the_time_is_over_what_trains_is_told(tmp_path):
         while not told and time.monotonic() < end:
             time.sleep(0.01)
 
-    assert jobs_lib.run(jobs, tmp_path, Doors(train, None), 0.2 / 60) == jobs
+    assert jobs_lib.run(jobs, tmp_path, Doors(train, None), 0.2 / 60) == {}
     assert told == ["seed0/stage0-control"]
     assert signal.getsignal(signal.SIGTERM) is before
-    assert jobs_lib.run(jobs, tmp_path, Doors(None, None), 0.0) == jobs
+    assert jobs_lib.run(jobs, tmp_path, Doors(None, None), 0.0) == {}
+    assert not any(job.is_done for job in jobs)
+
+
+def test_what_fails_stops_nothing_but_what_begins_from_it(tmp_path, capsys):
+    _, jobs = plan(tmp_path)
+    fakes = Fakes(failing="seed0/stage1-frozen_2")
+    assert [*jobs_lib.run(jobs, tmp_path, fakes.doors, None)] == ["seed0/stage1-frozen_2"]
+    assert fakes.evaluated == ["seed0/stage1-lora", "seed0/stage1-control"]
+    assert "seed0/stage1-frozen_2 failed: too many bad steps." in capsys.readouterr().out
+    assert "seed0/stage1-frozen_2" in jobs_lib.seconds(tmp_path)
+    _, jobs = plan(tmp_path / "another")
+    (tmp_path / "another").mkdir()
+    failed = jobs_lib.run(jobs, tmp_path / "another", Fakes(failing="seed0/language-control").doors, None)
+    assert [*failed] == [f"seed0/{name}" for name in NAMES[1:]]
+    assert "begins from a run that failed" in str(failed["seed0/stage1-lora"])
+
+
+def test_what_is_known_from_elsewhere_is_made_only_to_begin_from(tmp_path):
+    _, jobs = plan(tmp_path)
+    known = {f"seed0/{name}" for name in NAMES} - {"seed0/stage1-lora"}
+    fakes = Fakes()
+    jobs_lib.run(jobs, tmp_path, fakes.doors, None, known)
+    assert fakes.trained == [f"seed0/{name}" for name in ("stage0-control", "language-control", "stage1-lora")]
+    assert fakes.evaluated == ["seed0/stage1-lora"]
 
 
 def test_other_settings_are_another_ablation(tmp_path):
     jobs_lib.run(plan(tmp_path)[1], tmp_path, Fakes().doors, None)
-    jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.data.threads=1"]})[1])
+    jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.data.threads=1"]})[1], CASES)
     with pytest.raises(UserError, match=r"stage1-frozen_2 was made with another config.total_steps"):
-        jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.total_steps=5"]})[1])
+        jobs_lib.check(plan(tmp_path, overrides={"stage1": ["--config.total_steps=5"]})[1], CASES)
+    with pytest.raises(UserError, match=r"stage1-frozen_2 was scored with --cases=60: give the same"):
+        jobs_lib.check(plan(tmp_path)[1], 200)
+
+
+def test_what_a_run_begins_from_is_a_setting(tmp_path):
+    names = {}
+    for source in ("language", "random"):
+        family, _ = plan(tmp_path, overrides={"stage1": [f"--config.init.vlm={source}"]})
+        names[source] = family.job("control", "stage1", 0).fingerprint
+    elsewhere, _ = plan(tmp_path / "elsewhere")
+    assert names["language"] == elsewhere.job("control", "stage1", 0).fingerprint != names["random"]
 
 
 # --- Report -----------------------------------------------------------------------------------------------------------
@@ -107,7 +146,7 @@ def test_other_settings_are_another_ablation(tmp_path):
 
 def write(root, seeds, also=()):
     family, comparisons = plan(root, seeds)[0], choose(COMPARED)
-    others = report.read_others(also, family, comparisons)
+    others = report.read_others(also, family, comparisons, CASES)
     return report.write(root, report.Results(root, family, comparisons, seeds, others)).read_text()
 
 
@@ -118,6 +157,7 @@ def test_report(tmp_path):
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| tuning of the VLM |")]
     assert [row[1] for row in rows] == ["lora against frozen_2", "control against lora", "control against frozen_2"]
     assert rows[0][3:5] == ["4.050", "8.050"]
+    assert "| stage1-frozen_2 | 8.050 |" in text
     assert [row[5].split()[0] for row in rows] == ["-4.000", "3.000", "-1.000"]
     assert [row[-1] for row in rows] == ["contradicts |", "agrees |", "contradicts |"]
     assert [row[6] for row in rows] == ["2"] * 3
@@ -167,15 +207,33 @@ def test_results_with_other_settings_are_refused(tmp_path):
         write(tmp_path, [0], [there / report.RESULTS_FILE])
     (there / "another.json").write_text('{"settings": {}}')
     for name in ("report.md", "another.json"):
-        with pytest.raises(UserError, match=rf"--also .*{name} is not the results.json of an ablation"):
+        with pytest.raises(UserError, match=rf"{name} is not the results.json of an ablation"):
             write(tmp_path, [0], [there / name])
+    text = (there / report.RESULTS_FILE).read_text()
+    (there / "more.json").write_text(text.replace('"total_steps": 5', "").replace(f'"cases": {CASES}', '"cases": 200'))
+    with pytest.raises(UserError, match=r"more.json: seed1/stage1-.* was scored with --cases=200"):
+        report.read_others([there / "more.json"], family, choose(COMPARED), CASES)
 
 
-def test_losses_by_timestep_are_averaged():
-    record = {"step": 1, "loss": 2.0, "gauge/a/flow/drop_text/t_0.0_0.5": 1.0, "gauge/a/flow/drop_text/t_0.5_1.0": 2.0}
+def test_a_smaller_report_forgets_nothing(tmp_path):
+    _, jobs = plan(tmp_path, [0, 1])
+    jobs_lib.run(jobs, tmp_path, Fakes().doors, None)
+    write(tmp_path, [0, 1])
+    file = tmp_path / report.RESULTS_FILE
+    before = json.loads(file.read_text())
+    family, comparisons = plan(tmp_path)[0], choose(["frozen_2"])
+    others = report.read_others([file], family, comparisons, CASES)
+    report.write(tmp_path, report.Results(tmp_path, family, comparisons, [0], others))
+    assert json.loads(file.read_text()) == before
+
+
+def test_losses_by_timestep_are_averaged_where_they_are_trained():
+    lows = {0.0: 30.0, 0.2: 5.0, 0.3: 1.0, 0.9: 2.0}
+    record = {"step": 1, "loss": 2.0, "gauge/a/cosine": None}
+    record |= {f"gauge/a/flow/drop_text/t_{low}_{low + 0.1:.1f}": value for low, value in lows.items()}
     values = report.gauge_values(record)
     assert values["gauge/a/flow/drop_text"] == 1.5
-    assert set(values) == {key for key in record if "/" in key} | {"gauge/a/flow/drop_text"}
+    assert len(values) == len(lows) + 1
 
 
 # --- The door ---------------------------------------------------------------------------------------------------------
