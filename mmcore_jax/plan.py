@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--slices is {arguments.slices}, expected at least 1, and more only of a TPU topology.")
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: the directory {arguments.json.parent} does not exist.")
+    failures: list[search.Failure] = []
     if arguments.search:
         outcomes, failures = search.search(config, arguments.topology, arguments.slices)
         print(ranking(outcomes, failures))
@@ -37,13 +38,11 @@ def main(argv: Sequence[str]) -> int:
         outcomes = [process.run(config, arguments.topology, arguments.slices, label)]
         print(report(outcomes[0]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(_record(arguments, outcomes), indent=1) + "\n")
+        records = [outcome.record() for outcome in outcomes]
+        told = [{"candidate": candidate, "reason": reason} for candidate, reason in failures]
+        record = {"outcomes": records, "failures": told} if arguments.search else records[0]
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if any(outcome.fits for outcome in outcomes) else 1
-
-
-def _record(arguments: argparse.Namespace, outcomes: list) -> dict | list:
-    records = [outcome.record() for outcome in outcomes]
-    return records if arguments.search else records[0]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import jax
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, UserError
+from mmcore_jax.data import geometry
 from mmcore_jax.nn.masks import PAD
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.kernels import Kernels, kernels
@@ -125,7 +126,9 @@ def evaluate(config: Config, topology: str, slices: int = 1) -> Outcome:
         _read_memory(outcome, compiled.memory_analysis())
         _read_program(outcome, made, compiled, kernels(config, full_row(config)))
     outcome.compile_seconds = time.monotonic() - begin
-    outcome.advice = advice(config, outcome)
+    outcome.advice = advice(config, outcome, slices)
+    if geometry.one_bucket(config):
+        outcome.notes.append("the autoencoder runs before the step, a program for each aspect ratio: not counted here")
     return outcome
 
 
@@ -225,7 +228,8 @@ def _out_of_memory(outcome: Outcome, message: str) -> None:
     else:
         first = message.split("\n")[0]
         raise UserError(f"the step does not compile, and the compiler does not say how much is missing: {first}")
-    outcome.needed = sum(outcome.memory.values())
+    # The compiler rounds, and may have less to give.
+    outcome.needed = max(sum(outcome.memory.values()), math.nextafter(outcome.capacity, math.inf))
     for part in re.split(r"\n\s*\d+\. ", message)[1:]:
         size, kind = re.search(rf"Size: {_SIZE}", part), re.search(r"Shape: (\S+)", part)
         operator = re.search(r'op_name="([^"]*)"', part)
@@ -290,13 +294,13 @@ def _gathered(module: hlo.Module, outcome: Outcome) -> list[Large]:
 # --- What to change ---------------------------------------------------------------------------------------------------
 
 
-def advice(config: Config, outcome: Outcome) -> list[str]:
+def advice(config: Config, outcome: Outcome, slices: int = 1) -> list[str]:
     """What makes a program smaller that does not fit, what helps most and costs least first; none for one that fits."""
     if outcome.fits:
         return []
     rows = config.batch_size / config.optimizer.accumulation / _shards(outcome)
     held = sum(outcome.memory[name] for name in ("parameters", "moments", "EMA", "frozen"))
-    made_by = {"latents": "autoencoder", "targets": "vision_target"}
+    given, made_by = config.data.features, {"latents": "autoencoder", "targets": "vision_target"}
     changes = []
     if config.execution.remat != "full":
         changes.append("--config.execution.remat=full")
@@ -307,10 +311,11 @@ def advice(config: Config, outcome: Outcome) -> list[str]:
             f"--config.optimizer.accumulation={config.optimizer.accumulation * math.ceil(rows)}: one row a device at "
             f"once instead of {rows:.0f}, at the same batch size"
         )
-    for kind, part in made_by.items():
-        if kind not in config.data.features and outcome.model_flops.get(part):
-            changes.append(f"--config.data.features=('{kind}',): the {part} runs once, beforehand")
-    if outcome.mesh.get("data", 1) > 1:
+    more = [kind for kind, part in made_by.items() if kind not in given and outcome.model_flops.get(part)]
+    if more:
+        parts = " and ".join(made_by[kind] for kind in more)
+        changes.append(f'"--config.data.features={(*given, *more)!r}": what {parts} make is made once, beforehand')
+    if outcome.mesh.get("data", 1) > slices:
         changes.append("config.mesh.data smaller and config.mesh.fsdp larger: parameters and moments in more pieces")
     if held > outcome.capacity / 2:
         changes.append(f"more devices: {held / GIB:.1f} GiB of each hold parameters, moments, EMA and frozen weights")

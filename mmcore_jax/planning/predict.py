@@ -25,6 +25,7 @@ ESTIMATE_OF_PRODUCTS, ESTIMATE_OF_OTHERS = 0.85, 0.35  # share of the compiler's
 REACHED_PEAK, REACHED_BANDWIDTH, REACHED_LINKS = 0.95, 0.8, 0.9  # share of the chip's figures that is reached
 GIB = 1 << 30
 _PART = re.compile(r"/(vlm[.\w]*/vision|vlm|queries|connector|vision_target|conditioning|frames|dit|autoencoder)\b")
+_LIBRARIES = ("__cublas", "__cudnn")  # of GPUs: products that the module does not show
 REST, NONE = "the rest", Kernels()
 HOP = 1e-6  # seconds from a chip to the next
 
@@ -73,7 +74,11 @@ class Links:
         group = transfer.group or range(len(self.places))
         spans = [np.unique(along) for along in self.places[list(group)].T]
         slices, *along = (span.size for span in spans)
-        axes = [(size, REACHED_LINKS * self._bandwidth(axis, size)) for axis, size in enumerate(along) if size > 1]
+        axes = [
+            (span.size, REACHED_LINKS * self._bandwidth(axis, span))
+            for axis, span in enumerate(spans[1:])
+            if span.size > 1
+        ]
         inside = math.prod(along)
         seconds = HOP * sum(size // 2 for size in along)
         if transfer.kind == "all-to-all":  # what stands in the way is half of the longest axis
@@ -81,15 +86,21 @@ class Links:
         elif axes:
             seconds += _moved(transfer, inside) / sum(bandwidth for _, bandwidth in axes)
         if slices > 1:
-            seconds += _moved(transfer, slices) / inside / (REACHED_LINKS * self.chip.network)
+            shared = 1 if transfer.kind in ("all-to-all", "collective-permute") else inside
+            seconds += _moved(transfer, slices) / shared / (REACHED_LINKS * self.chip.network)
         return seconds
 
-    def _bandwidth(self, axis: int, size: int) -> float:
-        """Bytes a second among `size` chips along an axis of the torus: a ring has twice that of a line."""
+    def _bandwidth(self, axis: int, span: np.ndarray) -> float:
+        """Bytes a second among chips at the places `span`, evenly spaced, along an axis of the torus.
+
+        A ring has twice that of a line. Where other groups lie in between, they share the links.
+        """
         sizes = [np.unique(along).size for along in self.places[:, 1:].T]
-        needed = sizes if self.chip.torus == 3 else [size]  # a slice of cubes has rings along all axes or none
-        ring = size == sizes[axis] and all(each % self.chip.wraps == 0 for each in needed)
-        return self.chip.links / self.chip.torus / (1 if ring else 2)
+        stride = int(span[1] - span[0])
+        # A slice of cubes has rings along all axes or none.
+        needed = sizes if self.chip.torus == 3 else [sizes[axis]]
+        ring = span.size * stride == sizes[axis] and all(each % self.chip.wraps == 0 for each in needed)
+        return self.chip.links / self.chip.torus / (1 if ring else 2) / stride
 
 
 def links(mesh: jax.sharding.Mesh) -> Links | None:
@@ -163,7 +174,7 @@ def _run(
     for line in module.computations[name].values():
         where = _part(line) or part
         nested = _nested(module, line, where, mesh, links, kernels)
-        origin = next(filter(None, map(origins.get, line.operands)), None)
+        origin = next((start for start in map(origins.get, line.operands) if start in pending), None)
         if nested:
             for one, times in nested:
                 total.include(one, times)
@@ -183,7 +194,7 @@ def _run(
                 total.seconds += _wait(total.seconds, free, entry)
         elif line.opcode not in hlo.FREE:
             _compute(total, module, name, line, where, links, kernels)
-        if origin in pending:
+        if origin in pending and line.name not in pending:
             origins[line.name] = origin
     for end, entry in pending.values():
         total.seconds += _wait(total.seconds, end, entry)
@@ -227,6 +238,8 @@ def _compute(
     if line.opcode == "custom-call" and not line.cycles:
         if line.called("custom_call_target") == "tpu_custom_call":
             _kernel(total, module, name, line, part, links, kernels)
+        elif line.called("custom_call_target").startswith(_LIBRARIES):
+            total.kernels[line.called("custom_call_target")] += 1
         return
     flops = hlo.flops(module, name, line)
     total.flops += flops

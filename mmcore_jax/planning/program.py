@@ -63,7 +63,11 @@ def program(config: Config, devices: list) -> Program:
     with jax.set_mesh(mesh):
         plan = make_plan(config, model, mesh, _batch(packing.placeholder(config), config.batch_size, mesh))
         state, constants = abstract_state(config, plan, mesh), _constants(config, plan, mesh)
-    batch = _batch(empty_row(config), config.batch_size, mesh)
+    row = empty_row(config)
+    if geometry.one_bucket(config):  # `make_encode` has put latents in the place of pixels
+        latents = features.empty(1, config, geometry.derive(config.model, config.data), ["latents"]).latents
+        row = row._replace(images=row.images._replace(pixels=None), features=row.features._replace(latents=latents))
+    batch = _batch(row, config.batch_size, mesh)
     return Program(mesh, plan, compiled_step(make_step(config, model, plan), mesh), (state, constants, batch))
 
 
@@ -94,8 +98,11 @@ def full_row(config: Config) -> Interleaved | Pairs:
     queries = frames * images.queries.shape[-1]
     kinds = np.full(budgets.vlm_tokens, TEXT)
     kinds[: row.patches.meta.kind.shape[1] // model.vlm.vision.merge_size**2] = IMAGE
-    targets = np.where(np.arange(kinds.size) < kinds.size - queries, kinds == TEXT, False) - 1
-    context = np.where(np.arange(budgets.context_tokens) < queries, VISUAL, TEXT)
+    learned = bool(config.objectives.next_token and config.objectives.next_token.user_text)
+    targets = learned * np.where(np.arange(kinds.size) < kinds.size - queries, kinds == TEXT, False) - 1
+    number = np.arange(budgets.context_tokens) * frames // budgets.context_tokens
+    place = np.arange(number.size) - np.searchsorted(number, number)
+    context = np.where(place < images.queries.shape[-1], VISUAL, TEXT)
     return row._replace(
         tokens=row.tokens._replace(meta=_shared(row.tokens.meta, kinds, frames), targets=targets[None]),
         patches=row.patches._replace(meta=_tiled(row.patches.meta, IMAGE, seen, side)),
@@ -110,8 +117,8 @@ def full_row(config: Config) -> Interleaved | Pairs:
 
 
 def _shared(meta: TokenMeta, kinds: np.ndarray, frames: int) -> TokenMeta:
-    """Tokens `[1, L]` that `frames` documents of one frame share evenly."""
-    number = (np.arange(kinds.size) % frames)[None].astype(np.int32)
+    """Tokens `[1, L]` that `frames` documents of one frame, one after the other, share evenly."""
+    number = (np.arange(kinds.size) * frames // kinds.size)[None].astype(np.int32)
     return meta._replace(document=number, frame=number, kind=kinds[None].astype(np.int32))
 
 

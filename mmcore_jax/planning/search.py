@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
-
-import jax
 
 from mmcore_jax import sharding
 from mmcore_jax.config import Config, Mesh, UserError
@@ -31,18 +31,19 @@ def search(config: Config, topology: str, slices: int) -> tuple[list[Outcome], l
     chips = device_count(config, topology, slices)
     outcomes, failures = [], []
     too_large: list[tuple] = []
-    broken: list[Mesh] = []
     tried = list(candidates(config, chips, slices))
+    if not tried:
+        raise UserError(f"config.mesh.context {config.mesh.context} does not divide the {chips} chips of {topology}.")
     for candidate in progress(tried, len(tried), f"{config.stage} {config.recipe}"):
         mesh, remat, rows = candidate
-        if mesh in broken or any(not_smaller(candidate, smaller) for smaller in too_large):
+        if any(not_smaller(candidate, smaller) for smaller in too_large):
             continue
         label = f"mesh {dataclasses.asdict(mesh)}, remat {remat}, {rows} rows a shard"
         try:
             outcome = process.run(with_candidate(config, *candidate), topology, slices, label)
         except UserError as error:
             failures.append((label, str(error)))
-            broken.append(mesh)
+            too_large.append(candidate)
             continue
         outcomes.append(outcome)
         if not outcome.fits:
@@ -59,7 +60,9 @@ def device_count(config: Config, topology: str, slices: int) -> int:
         if not all(size.isdigit() for size in sizes):
             raise UserError(f"--topology={topology} is not of the form v5e:16x16.")
         return slices * math.prod(map(int, sizes))
-    return jax.device_count()
+    # Counted in another process: one that has looked for a TPU keeps it from those that compile.
+    command = [sys.executable, "-c", "import jax; print(jax.device_count())"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def candidates(config: Config, chips: int, slices: int) -> Iterator[tuple[Mesh, str, int]]:

@@ -1,15 +1,19 @@
 """Attention kernels in a prediction: what runs of them follows from the rows of a batch."""
 
+import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from mmcore_jax import config as config_lib
+from mmcore_jax.config import Mesh
+from mmcore_jax.nn import masks
 from mmcore_jax.planning import hlo
 from mmcore_jax.planning.kernels import Kernels, kernels
 from mmcore_jax.planning.predict import CHIPS, Links, predict
-from mmcore_jax.planning.program import full_row
+from mmcore_jax.planning.program import full_row, program
 from tests import tiny
 
 TEXT = (pathlib.Path(__file__).parent / "modules/kernel.txt").read_text()
@@ -59,3 +63,30 @@ def test_shares_are_those_of_full_rows():
     assert found["block_causal", 12 * 1024, 12 * 1024] == pytest.approx(1 / 3)
     assert found["causal", 2048, 2048] == 0.75
     assert found["same_place", 4096, 4096] == 0.25
+
+
+def test_documents_of_a_row_lie_one_after_the_other():
+    """16 of 256 tokens in the 4096 of a row: two of them meet in a block, and no two blocks see each other."""
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage1.py:qwen25vl7b_sd35l"))
+    row = full_row(config)
+    assert (np.diff(row.tokens.meta.document[0]) >= 0).all()
+    assert np.bincount(row.tokens.meta.document[0]).tolist() == [256] * 16
+    assert kernels(config, row).shares["causal", 4096, 4096] == 0.25
+    assert (row.tokens.targets >= 0).any() == config.objectives.next_token.user_text
+
+
+def test_the_context_of_a_row_lies_by_frame():
+    """Of each frame its queries and its text."""
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py:qwen25vl3b_sd35m"))
+    context, queries = full_row(config).diffusion.context_meta, config.model.queries.grid**2
+    for frame in range(3):
+        assert (context.kind[0, context.frame[0] == frame] == masks.VISUAL).sum() == queries
+
+
+def test_images_of_several_ratios_are_encoded_before_the_step():
+    config = config_lib.load(str(tiny.REPOSITORY / "configs/stage2.py:qwen25vl3b_sd35m"))
+    config = dataclasses.replace(config, mesh=Mesh(1, 1, 1, 1), batch_size=1)
+    several = dataclasses.replace(config, data=dataclasses.replace(config.data, aspect_ratios=(1.0, 1.5)))
+    for one, pixels in ((config, True), (several, False)):
+        batch = program(one, jax.devices()[:1]).arguments[2]
+        assert (batch.images.pixels is not None) == pixels == (batch.features.latents is None)

@@ -61,7 +61,7 @@ def test_a_plan_is_printed_and_written(enter, monkeypatch, tmp_path, needed, cod
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] == (not code)
 
 
-def test_a_search_leaves_out_what_cannot_fit(enter, monkeypatch) -> None:
+def test_a_search_leaves_out_what_cannot_fit(enter, monkeypatch, tmp_path) -> None:
     """Two rows never fit with full remat, one never without: nothing larger is tried, and no broken mesh again."""
     tried = []
 
@@ -75,8 +75,11 @@ def test_a_search_leaves_out_what_cannot_fit(enter, monkeypatch) -> None:
         return made if fits else dataclasses.replace(made, needed=20 * GIB, seconds=None)
 
     monkeypatch.setattr(process, "run", run)
-    code, printed, _ = enter(RECIPE, "--topology=v5e:16x16", "--search")
+    code, printed, _ = enter(RECIPE, "--topology=v5e:16x16", "--search", f"--json={tmp_path / 'found.json'}")
     assert code == 0
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert len(written["outcomes"]) + len(written["failures"]) == len(tried)
+    assert "left replicated" in written["failures"][0]["reason"]
     assert sum(fsdp == 256 for fsdp, *_ in tried) == 1
     assert "left replicated" in printed
     expected = [("full", 1), ("full", 2), ("attention", 1), ("qkv", 1), ("dots", 1), ("none", 1)]
@@ -84,3 +87,24 @@ def test_a_search_leaves_out_what_cannot_fit(enter, monkeypatch) -> None:
     lines = printed.splitlines()
     assert "too much" not in lines[1]
     assert "too much" in lines[-2]
+
+
+def test_what_fails_once_leaves_out_what_is_larger_alone(enter, monkeypatch) -> None:
+    tried = []
+
+    def run(config, topology, slices, label):
+        tried.append(config.execution.remat)
+        if config.batch_size == 8 * config.mesh.data * config.mesh.fsdp:
+            raise UserError("the compiler ended by SIGKILL")
+        return outcome(batch_size=config.batch_size, remat=config.execution.remat)
+
+    monkeypatch.setattr(process, "run", run)
+    code, _, _ = enter(RECIPE, "--topology=v5e:16x16", "--search")
+    assert code == 0
+    assert set(tried) == {"full", "attention", "qkv", "dots", "none"}
+
+
+def test_a_search_without_candidates_is_a_mistake(enter) -> None:
+    code, _, error = enter(RECIPE, "--topology=v5e:16x16", "--search", "--config.mesh.context=3")
+    assert code == 2
+    assert "config.mesh.context 3 does not divide the 256 chips of v5e:16x16" in error

@@ -52,6 +52,24 @@ def test_what_compute_does_not_hide_is_waited_for():
     assert gathered.exposed == pytest.approx(gathered.seconds - 2 * 4096**3 / (0.95 * PEAK))
 
 
+@pytest.mark.parametrize("reduced", ["first", "x"])
+def test_each_of_two_transfers_is_waited_for(reduced):
+    """Also where what the second one moves was made beside the first, which a fusion hands on."""
+    text = (MODULES / "two_transfers.txt").read_text().replace("start(%first)", f"start(%{reduced})")
+    found = predict(hlo.parse(text), {"fsdp": 4}, wired(2, 2))
+    gathered, summed = (found.transfers[kind, ("fsdp",)] for kind in ("all-gather", "all-reduce"))
+    assert gathered.exposed == 0
+    assert summed.exposed == pytest.approx(summed.seconds) == pytest.approx(1.5 * 2**25 / (0.9 * 100e9) + 2e-6)
+    assert found.seconds == pytest.approx(3 * 2 * 4096**3 / (0.95 * PEAK) + summed.exposed)
+
+
+def test_products_of_a_library_are_named():
+    text = (MODULES / "two_transfers.txt").read_text()
+    call = 'custom-call(%reduced, %gathered), custom_call_target="__cublas$gemm"'
+    text = text.replace("fusion(%reduced, %gathered), kind=kOutput, calls=%product", call)
+    assert predict(hlo.parse(text), {"fsdp": 4}, None).kernels == {"__cublas": 1}
+
+
 def test_without_links_nothing_is_timed():
     found = predict(module("overlap.txt"), {"fsdp": 4}, None)
     assert found.seconds == 0
@@ -66,12 +84,16 @@ def test_without_links_nothing_is_timed():
         ("all-gather", range(16), wired(16, 16), 100e9, 15 / 16),  # one ring
         ("all-gather", range(8), wired(16, 16), 50e9, 7 / 8),  # half of a ring is a line
         ("all-reduce", range(16), wired(16, 16), 100e9, 2 * 15 / 16),
+        ("all-reduce", range(0, 16, 4), wired(16, 16), 25e9, 2 * 3 / 4),  # a ring with four groups on its links
+        ("all-reduce", (0, 4), wired(8, 8), 12.5e9, 1),  # a line with four groups
+        ("all-reduce", (0, 1), wired(8, 8), 50e9, 1),
         ("all-to-all", range(16), wired(16, 16), 100e9, 4),
         ("all-to-all", range(256), wired(16, 16), 100e9, 4),  # both rings at once, each as far as alone
         ("collective-permute", (0, 1), wired(16, 16), 50e9, 1),  # one direction of a link
         ("all-gather", range(64), wired(4, 4, 4, chip=V5P), 600e9, 63 / 64),
         ("all-gather", range(32), wired(2, 4, 4, chip=V5P), 300e9, 31 / 32),  # no cube: three lines
         ("all-reduce", (0, 4), wired(2, 2, slices=2), 3.125e9, 1),  # over the network between slices
+        ("all-to-all", range(8), wired(2, 2, slices=2), 3.125e9, 1 / 2 + 3.125 / 50),  # half of what each chip has
     ],
 )
 def test_how_long_a_transfer_takes(kind, group, places, bandwidth, share):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 
 import pytest
 
@@ -74,6 +75,9 @@ def test_out_of_memory_says_by_how_much():
     assert made.temporaries == [Large(6.0 * GIB, "f32[24,128,13312]", "mmcore_jax/nn/attention.py:38")]
     assert "OUT OF MEMORY by 4.750" in " ".join(report(made).split())
     assert out_of_memory(TEMPORARIES).needed == pytest.approx((7 + 259) * GIB)
+    barely = USED.replace("Used 20.50G of 15.75G hbm", "Used 15.75G of 15.75G hbm")
+    assert barely != USED
+    assert not out_of_memory(barely).fits
 
 
 @pytest.mark.parametrize(
@@ -92,8 +96,13 @@ def test_a_kernel_that_does_not_fit_on_a_core_is_no_step_that_fits(message):
 def test_what_to_change_to_fit():
     config = config_lib.load(FULL, ["--config.batch_size=1024", "--config.execution.remat=dots"])
     changes = outcome_lib.advice(config, out_of_memory(USED, batch_size=1024))
-    for number, words in enumerate(("remat=full", "accumulation=4", "('latents',)", "mesh.data smaller")):
+    for number, words in enumerate(("remat=full", "accumulation=4", "('latents',)\"", "mesh.data smaller")):
         assert words in changes[number]
+    assert shlex.split(changes[2].partition(": ")[0]) == ["--config.data.features=('latents',)"]
+    conditioned = config_lib.load(FULL, ["--config.data.features=('conditioning',)"])
+    told = outcome_lib.advice(conditioned, out_of_memory(USED), slices=4)
+    assert any("('conditioning', 'latents')" in change for change in told)
+    assert not any("mesh.data" in change for change in told)  # one copy a slice is the least
     assert outcome_lib.advice(config, outcome()) == []
     one_row = outcome_lib.advice(config_lib.load(FULL, ["--config.execution.remat=full"]), out_of_memory(USED))
     assert not any("remat" in change or "accumulation" in change for change in one_row)
