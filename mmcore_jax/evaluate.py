@@ -69,13 +69,12 @@ def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
             f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
         )
     data = Drawings(arguments.data, config.data.image_size)
+    stage1 = find_aligned(config)  # first, since what it lacks would be missed when all has been drawn
+    alignment = _score_alignment(stage1, arguments) if stage1 else {}
     run = _load(arguments.workdir)
     draw, extract = make_draw(run, arguments.steps, arguments.seed), make_extract()
     results, sheets = openmoji.evaluate(run, data, draw, extract, arguments.cases, arguments.seed, progress)
-    stage1 = find_aligned(config)
-    if stage1:
-        results |= _score_alignment(stage1, arguments)
-    return results, sheets
+    return results | alignment, sheets
 
 
 def evaluate_alignment(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:

@@ -7,11 +7,13 @@ tested with fakes. `n` cases, M candidates, `S` the side of an image; images are
 import contextlib
 import dataclasses
 import itertools
+import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from mmcore_jax import config as config_lib
 from mmcore_jax.config import ArrayRecord, Config, Source
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import openmoji
@@ -52,7 +54,8 @@ def evaluate(
       progress: wraps the long loops.
     """
     trained_on = training_examples(run.config)
-    quizzes = choose_quizzes(data, trained_on, cases, seed)
+    before = [example for config in earlier_stages(run.config) for example in training_examples(config)]
+    quizzes = choose_quizzes(data, trained_on, cases, seed, before)
     edits = {task: choose_edits(data, task, cases, seed) for task in present_edits(trained_on)}
     drawn = draw_all(quizzes, edits, draw, progress)
     results = score_pictures(quizzes, edits, drawn, extract)
@@ -88,8 +91,20 @@ class Drawings:
 
 
 def training_examples(config: Config) -> list[Example]:
-    """All examples of the sources of a run."""
-    return [example for name, source in config.data.sources.items() for example in read(name, source)]
+    """All examples of the sources that a run draws from."""
+    drawn_from = {
+        name: source
+        for name, source in config.data.sources.items()
+        if source.weight or any(weight for _, weight in source.schedule)
+    }
+    return [example for name, source in drawn_from.items() for example in read(name, source)]
+
+
+def earlier_stages(config: Config) -> Iterator[Config]:
+    """Those of the runs that a run's diffusion transformer comes from."""
+    while (workdir := pathlib.Path(config.init.get("dit", "random"))).joinpath("checkpoints").is_dir():
+        config = config_lib.from_json(workdir / "config.json")
+        yield config
 
 
 def read(name: str, settings: Source) -> Iterator[Example]:
@@ -110,13 +125,15 @@ def caption(example: Example) -> str:
     return " ".join(segment["text"] for segment in example["segments"] if segment["type"] == "text")
 
 
-def caption_sets(data: Drawings, trained_on: Sequence[Example]) -> dict[str, list[Example]]:
+def caption_sets(
+    data: Drawings, trained_on: Sequence[Example], before: Sequence[Example] = ()
+) -> dict[str, list[Example]]:
     """Text-to-image examples by what a run has seen of them; sets that turn out empty are left out.
 
     `trained`: the run drew them. `unmemorised`: in the training split, from which stage 1 knows them, but in no example
-    of the run. `held_out`: in no training example at all.
+    of the run, nor of those `before` it. `held_out`: in no training example at all.
     """
-    seen = {image for example in trained_on for image in images(example)}
+    seen = {image for example in (*trained_on, *before) for image in images(example)}
     train = data.examples("text_to_image", "train")
     known = seen | {images(example)[-1] for example in train}
     held_out = data.examples("text_to_image", "held_out")
@@ -157,9 +174,11 @@ class Quiz:
     answers: np.ndarray  # [n]
 
 
-def choose_quizzes(data: Drawings, trained_on: Sequence[Example], cases: int, seed: int) -> dict[str, Quiz]:
+def choose_quizzes(
+    data: Drawings, trained_on: Sequence[Example], cases: int, seed: int, before: Sequence[Example] = ()
+) -> dict[str, Quiz]:
     """The quiz of each of `caption_sets`."""
-    sets = caption_sets(data, trained_on)
+    sets = caption_sets(data, trained_on, before)
     return {name: choose_quiz(data, examples, cases, seed, name) for name, examples in sets.items()}
 
 

@@ -31,7 +31,7 @@ class Goodput:
     """Accounts for the wall time of a run, in `WORKDIR/goodput.json`: at any time it goes to one part."""
 
     def __init__(self, workdir: pathlib.Path) -> None:
-        """Continues the account of the workdir; the time since this process began goes to "start"."""
+        """Continues the account of the workdir. The time since this process began goes to "start" of its first run."""
         self._path, now = workdir / "goodput.json", time.time()
         self.seconds, began = dict.fromkeys(PARTS, 0.0), now - _age()
         if self._path.exists():
@@ -95,10 +95,14 @@ class Goodput:
         return shares | {"goodput/wall_seconds": total}
 
 
+_asked: list[float] = []
+
+
 def _age() -> float:
-    """Seconds since this process began, where Linux says: much was imported before this."""
+    """Seconds since this process began, where Linux says: much was imported before its first run, 0 before others."""
     stat = pathlib.Path("/proc/self/stat")
-    if not stat.exists():
+    if _asked or not stat.exists():
         return 0.0
     ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # field 22 of proc(5)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    _asked.append(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return _asked[0]

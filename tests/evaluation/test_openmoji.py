@@ -219,6 +219,26 @@ def test_sets_hold_what_a_run_has_drawn_has_not_drawn_and_has_never_seen(data, t
     assert _names(sets["held_out"]) == {f"h{n}" for n in range(119)}  # and not the twin of t129
 
 
+def test_what_an_earlier_stage_has_drawn_is_memorised(data, trained_on):
+    before = [example for example in data.examples("text_to_image", "train") if _names([example]) == {"t120"}]
+    assert before
+    sets = openmoji.caption_sets(data, trained_on, before)
+    assert _names(sets["unmemorised"]) == {f"t{n}" for n in range(115, 128)} - {"t120"} | {"t129"}
+    assert _names(sets["trained"]) == {f"t{n}" for n in range(115)}
+
+
+def test_earlier_stages_are_runs(tmp_path):
+    first, second, third = (tmp_path / name for name in ("published", "stage2", "sft"))
+    for directory, before in ((second, first), (third, second)):
+        config = config_lib.load(str(ROOT / "configs/stage2.py"), [f"--config.init.dit={str(before)!r}"])
+        (directory / "checkpoints").mkdir(parents=True)
+        (directory / "config.json").write_text(config.to_json())
+    first.mkdir()
+    (first / "config.json").write_text("{}")
+    config = config_lib.load(str(ROOT / "configs/stage2.py"), [f"--config.init.dit={str(third)!r}"])
+    assert [one.init["dit"] for one in openmoji.earlier_stages(config)] == [str(second), str(first)]
+
+
 def test_a_run_on_everything_has_nothing_unmemorised(data, trained_on):
     sets = openmoji.caption_sets(data, trained_on + data.examples("text_to_image", "train"))
     assert set(sets) == {"trained", "held_out"}

@@ -55,6 +55,12 @@ def test_all_time_goes_to_one_part(clock, tmp_path) -> None:
     assert sum(metrics[f"goodput/{part}"] for part in PARTS) == pytest.approx(1)
 
 
+def test_the_age_of_a_process_belongs_to_its_first_run(monkeypatch) -> None:
+    monkeypatch.setattr(goodput, "_asked", [])
+    assert goodput._age() > 0
+    assert goodput._age() == 0
+
+
 def test_restarts_and_rollbacks(clock, tmp_path) -> None:
     first = Goodput(tmp_path)
     first.enter("useful")
