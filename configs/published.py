@@ -93,6 +93,7 @@ def _sd35(**sizes: int) -> ConfigDict:
             position_origin="centre",
             query_gain=1.0,
             prediction="velocity",
+            query_positions=True,
         )
     )
 
@@ -116,7 +117,7 @@ def sd3_autoencoder() -> ConfigDict:
 
 
 def optimizer(**changes: float | str) -> ConfigDict:
-    """AdamW at a flat rate, betas as MetaQuery trains with (0.9, 0.95), but for what a stage changes."""
+    """AdamW, warmed up, then falling to a tenth along a cosine, but for what a stage changes; betas are (0.9, 0.95)."""
     settings = dict(
         learning_rate=1e-4,
         b1=0.9,

@@ -2,14 +2,15 @@
 
     python -m mmcore_jax.train --config=configs/stage1.py
 
-Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss.
+Everything but the vision target trains: lambda_t next-token + lambda_a alignment, no flow loss. Unlike equation 1,
+cosines are of what differs from the mean of each place (`--config.objectives.alignment.center=False` for the paper's).
 `openmoji`: after stage 0; 3 minutes on 2 CPU cores; centred cosine 0.8 on trained captions, 0.3 on held-out ones.
 `openmoji_long`: after stage 0 of that name; 64 pixels, all edits, compositions, sequences. Not trained to the end here.
 `lora`: after `openmoji`, whose VLM it keeps and adapts to captions with low-rank matrices in every layer.
 `query_only`: after `openmoji`, whose VLM it freezes; new queries and a new connector learn to read it (MetaQueries).
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: published weights in `checkpoints/` and your shards in `data/` (see README), on
 accelerators; compiled and counted, never trained yet. 64 queries as in the paper, whose score is flat by 50,000 steps;
-it gives no learning rates.
+it gives no learning rates, weights of the losses, batch or shares: those are ours.
 `qwen25vl3b_frozen`: the VLM frozen under a transformer connector; compiled and counted, never trained yet.
 `qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """

@@ -7,8 +7,8 @@ What trains, and by which losses, is what it was in stage 1, whose weights it st
 `openmoji_documents`: after stage 1, on all it knows and on documents of three images: parts of two drawings in one,
 clock faces, phases of the moon, scales of skin tones.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, on your curated shards in `data/sft/`; compiled and
-counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is a fifth of
-stage 1's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5), the shares are ours.
+counted, never trained yet. About 2,000 steps are the paper's, which gives nothing else: the learning rate is that which
+stage 1 ends at, the shares are ours.
 `qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
@@ -25,16 +25,17 @@ def get_config(recipe: str) -> ConfigDict:
     return RECIPES[recipe]()
 
 
-def _after_stage1(recipe: str) -> ConfigDict:
+def _after_stage1(recipe: str, rate: float) -> ConfigDict:
+    """At a share of the learning rate."""
     config = stage1.get_config(recipe)
     config.stage = "stage1_sft"
     config.init.update(dict.fromkeys(TRAINED, f"runs/stage1-{recipe}"))
-    config.optimizer.learning_rate *= 0.2
+    config.optimizer.learning_rate *= rate
     return config
 
 
 def _openmoji() -> ConfigDict:
-    config = _after_stage1("openmoji")
+    config = _after_stage1("openmoji", 0.2)
     sources = dict(text_to_image_core=4.0, edit_tone=1.0, edit_colour=1.0, caption=1.0)
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.total_steps, config.checkpoint.every, config.optimizer.warmup_steps = 100, 50, 10
@@ -43,7 +44,7 @@ def _openmoji() -> ConfigDict:
 
 
 def _openmoji_documents() -> ConfigDict:
-    config = openmoji.documents(_after_stage1("openmoji"))
+    config = openmoji.documents(_after_stage1("openmoji", 0.2))
     sources = dict(text_to_image=2.0, text_to_image_core=1.0, edit_tone=1.5, edit_gender=0.4, edit_colour=0.6)
     sources |= dict(
         edit_recolour=0.6,
@@ -62,7 +63,7 @@ def _openmoji_documents() -> ConfigDict:
 
 
 def _published(recipe: str) -> ConfigDict:
-    config = _after_stage1(recipe)
+    config = _after_stage1(recipe, 0.1)
     sources = dict(understanding=1.0, text_to_image=2.0, edit=1.0, interleaved=0.5)
     config.data.sources = {task: published.source(f"sft/{task}", weight) for task, weight in sources.items()}
     config.total_steps, config.optimizer.warmup_steps, config.gauges.every = 2000, 100, 250

@@ -7,11 +7,15 @@ The VLM, its queries and the connector are frozen. Text dropout starts high and 
 `openmoji_long`: after stage 1 of that name; all drawings at 64 pixels, every kind of edit, compositions and sequences.
 Sized for hours on 2 CPU cores. Not trained to the end here.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 1 of that name, from published weights in `checkpoints/`, at 1024
-pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning:
-timesteps and guidance are Stable Diffusion 3's, the rate at which condition images are dropped is InstructPix2Pix's 5%
-(arXiv:2211.09800, section 3.2.1), the first rates are ours.
+pixels, on accelerators; compiled and counted, never trained yet. The paper gives no rates of dropout and learning, no
+batch and no shares here: those are ours. Timesteps are Stable Diffusion 3's, whose shift of 3 is of 1024 pixels and
+less for smaller images (its section 5.3.2; its published scheduler keeps 3). Solver and steps are its scheduler's, the
+guidance scale is what Stability draws with 3.5-large at. Condition images alone are dropped from 5% of edits, as in
+InstructPix2Pix (arXiv:2211.09800, section 3.2.1), but independently of the rest. `joint` comes on top of both rates of
+dropout. The average of the weights reaches back about a tenth of the steps so far, which its decay would take 90,000
+steps to exceed.
 A row holds three images of 1024 pixels, and a generated one that is looked back at counts twice. For longer documents,
-such as an input and two outputs, raise `config.data.budgets`: what does not fit counts as bad.
+such as an input and two outputs, which stage 1 takes, raise `config.data.budgets`: what does not fit counts as bad.
 `qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
@@ -206,6 +210,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                     logit_mean=0.0,
                     logit_std=1.0,
                     shift=3.0,
+                    shift_tokens=(1024 // 16) ** 2,
                     dropout=dict(
                         text=dict(start=0.5, end=0.1, steps=20_000),
                         visual=dict(start=0.1, end=0.1, steps=1),
@@ -229,6 +234,7 @@ def _published(recipe: str, vlm: ConfigDict, vlm_checkpoint: str, dit: ConfigDic
                 guidance_interval=(0.0, 1.0),
                 renormalisation=0.0,
                 timestep_shift=3.0,
+                timestep_shift_tokens=(1024 // 16) ** 2,
                 timestep_spacing="linspace",
             ),
             checkpoint=dict(every=500, keep=3, keep_period=10_000, local_every=0, local=""),

@@ -8,7 +8,7 @@ Dropout is what stage 2 ended with; the VLM, its queries and the connector stay 
 tells their images apart is new.
 `qwen25vl3b_sd35m`, `qwen25vl7b_sd35l`: after stage 2 of that name, on your curated shards in `data/sft/`; compiled and
 counted, never trained yet. "The same dropout settings" is the paper's; it gives neither length nor learning rate here:
-2,000 steps are those of its stage 1, the rate is a fifth of stage 2's, as BAGEL's is (its TRAIN.md: 1e-4, then 2e-5).
+2,000 steps are those of its stage 1, the rate is that which stage 2 ends at.
 `qwen25vl3b_sd35m_v5e_64` and so on: the same runs on the mesh of a pod (`published.FITTING` lists them).
 """
 
@@ -25,11 +25,12 @@ def get_config(recipe: str) -> ConfigDict:
     return RECIPES[recipe]()
 
 
-def _after_stage2(recipe: str) -> ConfigDict:
+def _after_stage2(recipe: str, rate: float) -> ConfigDict:
+    """At a share of the learning rate."""
     config = stage2.get_config(recipe)
     config.stage = "stage2_sft"
     config.init.update({part: f"runs/stage2-{recipe}" for part in KEPT if part in config.init})
-    config.optimizer.learning_rate *= 0.2
+    config.optimizer.learning_rate *= rate
     dropout = config.objectives.flow_matching.dropout
     for dropped in (dropout.text, dropout.visual, dropout.images):
         dropped.start = dropped.end
@@ -37,7 +38,7 @@ def _after_stage2(recipe: str) -> ConfigDict:
 
 
 def _openmoji() -> ConfigDict:
-    config = _after_stage2("openmoji")
+    config = _after_stage2("openmoji", 0.2)
     sources = dict(text_to_image_core=2.0, edit_tone=1.0, edit_colour=1.0)
     config.data.sources = {task: openmoji.source(task, weight) for task, weight in sources.items()}
     config.total_steps, config.checkpoint.every, config.optimizer.warmup_steps = 200, 100, 10
@@ -46,7 +47,7 @@ def _openmoji() -> ConfigDict:
 
 
 def _openmoji_documents() -> ConfigDict:
-    config = openmoji.documents(_after_stage2("openmoji"))
+    config = openmoji.documents(_after_stage2("openmoji", 0.2))
     config.init.update(dict.fromkeys(("vlm", "queries", "connector"), "runs/stage1_sft-openmoji_documents"))
     sources = dict(text_to_image_core=5.0, edit_tone=2.0, edit_gender=0.5, edit_colour=0.8, edit_recolour=0.8)
     sources |= dict(compose=0.3, compose_parts=2.0, sequence_clock=6.0, sequence_moon=0.3, sequence_tone=1.2)
@@ -59,7 +60,7 @@ def _openmoji_documents() -> ConfigDict:
 
 
 def _published(recipe: str) -> ConfigDict:
-    config = _after_stage2(recipe)
+    config = _after_stage2(recipe, 0.1)
     sources = dict(text_to_image=2.0, edit=1.0, interleaved=1.0)
     config.data.sources = {task: published.source(f"sft/{task}", weight) for task, weight in sources.items()}
     config.total_steps, config.optimizer.warmup_steps = 2000, 100

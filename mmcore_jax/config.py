@@ -225,7 +225,9 @@ class MMDiT:
     of `position_base / position_grid`, as diffusers begins; from the "centre", as published files are, 0 to 16 over the
     middle `position_base` patches.
     `visibility` is the attention rule between the images of a document (`nn/masks.py`). `clean_visual` adds to the
-    clean copy of an image what it looks like to the VLM, which the paper found harmful.
+    clean copy of an image what it looks like to the VLM, its mean hidden state over it. `query_positions` adds a
+    learned embedding, zero at first, to each visual embedding by its place among the queries: attention sees a set
+    otherwise, where positions are not "rotary".
     """
 
     width: int
@@ -247,6 +249,7 @@ class MMDiT:
         default="block_causal", metadata={"of_weights": False}
     )
     clean_visual: bool = dataclasses.field(default=False, metadata={"of_weights": False})
+    query_positions: bool = dataclasses.field(default=False, metadata={"of_weights": False})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,6 +358,8 @@ class Dropout:
 class FlowMatching:
     """Flow matching with logit-normal timesteps, shifted towards noise by `shift`.
 
+    With `shift_tokens`, `shift` is that of an image of so many latent tokens, and goes with the root of their number
+    (SD3, arXiv:2403.03206, section 5.3.2); 0 gives all images the same.
     Below `timestep_floor` the squared error of the velocity counts (t / floor)^2 only: a network that predicts x_0 has
     one that grows as 1 / t^2. 0 is the plain loss.
     """
@@ -365,6 +370,7 @@ class FlowMatching:
     logit_std: float
     shift: float
     dropout: Dropout
+    shift_tokens: Index = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +391,8 @@ class Column:
     """Which column of a record becomes the next segment of the example; a list in it becomes several.
 
     `column` is a column or key, dotted where nested: of a tar the extension of a member, or a key inside a JSON member
-    ("json.caption"). `speaker` is of text, `generate` of images.
+    ("json.caption"); of several, "jpg;jpeg;png", the first that the record has. `speaker` is of text, `generate` of
+    images.
     """
 
     type: Literal["text", "image"]
@@ -597,6 +604,7 @@ class Watchdog:
 class Sampling:
     """How pictures are made: `steps` of the solver, whose timesteps `timestep_shift` moves towards noise.
 
+    `timestep_shift_tokens` is to it what `FlowMatching.shift_tokens` is to the shift of training.
     "euler" and "dpm_solver_2m" (DPM-Solver++) evaluate the network once a step, "heun" twice but in the last.
 
     Before the shift, "trailing" timesteps are `steps` equal intervals from 1 to 0; "linspace" ones are equally spaced
@@ -616,6 +624,7 @@ class Sampling:
     timestep_shift: float
     timestep_spacing: Literal["trailing", "linspace"]
     image_scale: float = 1.0
+    timestep_shift_tokens: Index = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -737,9 +746,13 @@ def _run(file: str, recipe: str) -> ml_collections.ConfigDict:
     sys.path.insert(0, str(pathlib.Path(file).parent.absolute()))
     try:
         module = runpy.run_path(file)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{file} imports {error.name}, which is neither installed nor beside it.") from error
     finally:
         sys.path.pop(0)
-    recipes = module.get("RECIPES", {})
+    if not {"RECIPES", "get_config"} <= module.keys():
+        raise UserError(f"{file} is no config: it needs RECIPES, by name, and get_config(recipe).")
+    recipes = module["RECIPES"]
     if recipe not in recipes:
         raise UserError(f"{file} has no recipe {recipe!r}{_nearest(recipe, recipes)}; it has {', '.join(recipes)}.")
     return module["get_config"](recipe)

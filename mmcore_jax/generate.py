@@ -28,7 +28,7 @@ from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Geometry
 from mmcore_jax.data.layout import ChatFormat, Diffusion, Interleaved, Item, Picture
-from mmcore_jax.diffusion import guidance, solver
+from mmcore_jax.diffusion import flow, guidance, solver
 from mmcore_jax.mmcore import MMCORE, Forward, Params
 from mmcore_jax.models.mmdit import Memory
 from mmcore_jax.nn.layers import gather_tokens
@@ -130,7 +130,8 @@ class Generator:
         negated = np.array([words is not None for words in negatives])
         budgets = fit([item for item, _ in rows + others], sizes)
         branches = branches_of(settings, pathways)
-        timesteps = solver.timesteps(settings.steps, settings.timestep_shift, settings.timestep_spacing)
+        shift = flow.shift_of(settings.timestep_shift, settings.timestep_shift_tokens, sizes.latent_capacity)
+        timesteps = solver.timesteps(settings.steps, shift, settings.timestep_spacing)
         batch_size = min(batch_size, len(rows))
         images = []
         for first in range(0, len(rows), batch_size):

@@ -62,7 +62,9 @@ class MMCORE(nn.Module):
         if model.dit:
             self.autoencoder = make_autoencoder(model.autoencoder, run)
             clean_width = model.dit.width if model.dit.clean_visual else 0
-            self.conditioning = DualPathway(model.dit.context_width, model.dit.pooled_width, run, clean_width)
+            places = model.queries.grid**2 if model.dit.query_positions else 0
+            widths = model.dit.context_width, model.dit.pooled_width
+            self.conditioning = DualPathway(*widths, run, clean_width, places)
             self.dit = MMDiTModel(model.dit, run)
             if model.frames:
                 self.frames = FrameEmbedding(model.frames, model.dit.width, run)
@@ -142,8 +144,9 @@ class MMCORE(nn.Module):
         meta, source = batch.diffusion.context_meta, batch.diffusion.context_source
         is_visual = meta.kind == masks.VISUAL
         flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
-        visual = gather_tokens(flat, jnp.where(is_visual, source, 0))
-        return self.conditioning(text, visual, meta, drop, images)
+        source = jnp.where(is_visual, source, 0)
+        query = source % self.config.queries.grid**2
+        return self.conditioning(text, gather_tokens(flat, source), meta, drop, images, query)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
         """Images `[B, I, height, width, 3]` as patches of latents, float32 `[B, I, patches, P]`."""

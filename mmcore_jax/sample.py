@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         '"negative": ...}; images, seed, size and negative may be left out, paths are relative to the file',
     )
     what.add_argument("--interactive", action="store_true", help="a conversation, each turn a picture")
-    parser.add_argument("--image", type=pathlib.Path, nargs="*", default=[], help="images to edit or combine")
+    parser.add_argument(
+        "--image", type=pathlib.Path, nargs="*", action="extend", default=[], help="images to edit or combine"
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, required=True, help="a .png file, or a directory without --prompt"
     )

@@ -13,6 +13,7 @@ import gc
 import itertools
 import pathlib
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,14 @@ from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
 from mmcore_jax.training import bad_steps
-from mmcore_jax.training.checkpoint import RUN_FILE, Checkpoints, check_sources, inherited_statistics, initial_params
+from mmcore_jax.training.checkpoint import (
+    RUN_FILE,
+    Checkpoints,
+    check_sources,
+    has_saved,
+    inherited_statistics,
+    initial_params,
+)
 from mmcore_jax.training.compilation import compiled_step, keep_programs
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
@@ -297,7 +305,7 @@ class Clock:
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the workdir and writes its config, unless another recipe lives there.
+    """Makes the workdir and writes its config, unless another recipe lives there, which has saved something.
 
     Where the index of the data lies and how batches are prepared ahead may change.
 
@@ -305,8 +313,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
       UserError: if the directory cannot be written, or holds a run that this config cannot continue.
     """
     path = workdir / "config.json"
-    if path.exists():
-        there = config_lib.from_json(path)
+    there = config_lib.from_json(path) if path.exists() else None
+    if there and (there.checkpoint.local_every or has_saved(workdir)):
         free = {name: getattr(config.data, name) for name in ("index", "workers", "threads")}
         there = dataclasses.replace(there, data=dataclasses.replace(there.data, **free))
         for name in ("stage", "recipe", "seed", "batch_size", "model", "tuning", "data"):
@@ -315,6 +323,8 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
                     f"{workdir} belongs to another run ({there.stage} {there.recipe}): config.{name} differs. "
                     "Choose another --workdir, or delete it."
                 )
+    elif there and processes.is_first():  # it failed before it had saved anything: another tokenizer is no mistake
+        shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
     if not processes.is_first():
         return
     try:

@@ -149,6 +149,16 @@ def test_workdir_of_another_run(data, tmp_path, enter) -> None:
     assert dataclasses.replace(found, initial_bias=trained.initial_bias) == trained  # which weights do not tell
 
 
+def test_a_start_that_fails_leaves_the_workdir_free(enter, data, tmp_path) -> None:
+    """What was wrong, a batch or the data, may then be put right there."""
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data), "--config.total_steps=1"]
+    nowhere = [f"--config.data.sources.{name}.shards=nowhere" for name in tiny.config("stage0", data).data.sources]
+    check(enter(train.main, STAGE0, *arguments, *nowhere), "no shards")
+    assert (tmp_path / "run/config.json").is_file()
+    assert enter(train.main, STAGE0, *arguments, "--config.seed=3")[0] == 0
+    check(enter(train.main, STAGE0, *arguments), "belongs to another run")
+
+
 def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
     arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage0", data), "--config.optimizer.warmup_steps=1"]
     arguments += ["--config.checkpoint.every=1", "--config.bad_steps.in_a_row=2", "--config.bad_steps.rollbacks=0"]
@@ -158,12 +168,15 @@ def test_not_finite_stops_and_names_the_batch(enter, data, tmp_path) -> None:
 
 
 def test_another_tokenizer_is_noticed(enter, tmp_path) -> None:
-    """A stage that starts from a VLM trained with other token ids stops, instead of reading noise."""
+    """A stage that starts from a VLM trained with other token ids, or positions, stops instead of reading noise."""
     data = tiny.write_dataset(tmp_path / "data")
     arguments = [*tiny.overrides("stage1", data), "--config.total_steps=1", "--config.init.vision_target=random"]
     enter(train.main, "--config=configs/stage1.py", f"--workdir={tmp_path / 'one'}", *arguments)
     path = data / "tokenizer/tokenizer.json"
     path.write_text(path.read_text() + "\n")
     arguments = [*tiny.overrides("stage2", data), *(f"--config.init.{part}={tmp_path / 'one'}" for part in PARTS)]
+    other = "--config.model.vlm.rope_theta=5e5"
+    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'three'}", *arguments, other)
+    check(result, "another network", "config.model.vlm.rope_theta is 500000.0 and must be")
     result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'two'}", *arguments)
     check(result, "tokenizer", "anew")

@@ -101,6 +101,17 @@ def test_any_size(data):
             generator(params, requests[:1], config.sampling, sizes=[size])
 
 
+def test_larger_pictures_stay_longer_in_noise(data, monkeypatch):
+    """Of patches of 4 pixels there are 8 and 15."""
+    shifts, timesteps = [], solver.timesteps
+    monkeypatch.setattr(solver, "timesteps", lambda *given: shifts.append(given[1]) or timesteps(*given))
+    config, model, params = load(data, "model.dit.position_grid=8")
+    generator = Generator(config, model, load_tokenizer(config.data.tokenizer))
+    settings = dataclasses.replace(config.sampling, steps=1, timestep_shift=3.0, timestep_shift_tokens=8)
+    generator(params, [request([], "wide")] * 2, settings, sizes=[(8, 16), (12, 20)])
+    np.testing.assert_allclose(shifts, [3.0, 3.0 * (15 / 8) ** 0.5])
+
+
 def test_settings_reach_the_picture(data):
     """The solver, and guidance in its interval and with its norm; each is proven in tests/diffusion."""
     config, model, params = load(data)

@@ -62,7 +62,7 @@ def test_networks_are_the_published_ones(stage, recipe, tmp_path):
             if part == "vision_target":
                 published = dataclasses.replace(published, text=None)
             if part == "dit":  # config.json does not tell; the tensors do
-                published = dataclasses.replace(published, position_origin="centre")
+                published = dataclasses.replace(published, position_origin="centre", query_positions=True)
             assert getattr(model, part) == published
 
 

@@ -61,6 +61,7 @@ def test_each_picture_is_that_of_its_seed_and_says_how_it_was_made(enter, workdi
     assert Image.open(tmp_path / "six.png").text == Image.open(numbered[2]).text == {
         "prompt": "a red dot", "negative": "black", "images": "", "seed": "6",
         "steps": "2", "text_scale": "2.0", "visual_scale": "2.0", "image_scale": "1.0", "timestep_shift": "3.0",
+        "timestep_shift_tokens": "0",
         "timestep_spacing": "trailing", "scale": "2", "solver": "euler", "guidance_interval": "(0.0, 1.0)",
         "renormalisation": "0.0", "size": "16x16",
         "workdir": str(workdir), "checkpoint_step": "20", "run": "", "mmcore_jax": __version__,
@@ -149,6 +150,7 @@ def test_nothing_is_loaded_where_nothing_is_to_be_drawn(enter, workdir, tmp_path
         (["--prompt=x", "--image", "missing.png"], ["--image missing.png", "No such file"]),
         (["--prompt=x", "--image", "text.png"], ["--image text.png cannot be used"]),
         (["--prompt=x", "--image", "a.png", "a.png", "a.png"], ["x.png gives 3 images", "trained with 3", "give 2"]),
+        (["--prompt=x", *["--image", "a.png"] * 3], ["x.png gives 3 images", "trained with 3", "give 2"]),
         (["--prompt=x", "--seed=-1"], ["--seed is -1", "from 0 to"]),
         (["--prompt=x", f"--seed={2**32 - 1}", "--num=2"], ["last seed of --num", "from 0 to"]),
         (["--prompt=x", "--num=0"], ["--num is 0"]),

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmcore_jax import config as config_lib
 from mmcore_jax.ablation.table import CONTROL, STAGES, VARIANTS, Comparison
@@ -40,9 +40,12 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the settings, wherever the runs lie that it begins from, which have fingerprints of their own."""
+        """Stands for the settings, wherever the runs lie that it begins from, which have fingerprints of their own.
+
+        A setting that came later, and has its default, changes nothing.
+        """
         init = {part: pathlib.Path(source).name for part, source in sorted(self.config.init.items())}
-        settings = json.dumps(dataclasses.asdict(_comparable(self.config)) | {"init": init})
+        settings = json.dumps(_departures(_comparable(self.config)) | {"init": init})
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
@@ -118,6 +121,16 @@ def _different(there: Config, ours: Config) -> str | None:
     """The first part of two configs that differs, apart from how batches are prepared."""
     ours, there = vars(_comparable(ours)), vars(_comparable(there))
     return next((name for name in ours if there[name] != ours[name]), None)
+
+
+def _departures(settings: Any) -> Any:
+    """Settings as JSON values, without those that have their default."""
+    if dataclasses.is_dataclass(settings):
+        values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        return {field.name: _departures(value) for field, value in values.items() if value != field.default}
+    if isinstance(settings, dict):
+        return {name: _departures(value) for name, value in settings.items()}
+    return [_departures(value) for value in settings] if isinstance(settings, tuple) else settings
 
 
 def _comparable(config: Config) -> Config:

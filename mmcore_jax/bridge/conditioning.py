@@ -53,17 +53,25 @@ class DualPathway(nn.Module):
 
     `pooled` is normalised: what it adds to the timestep modulates every token, and where it may grow, some gradients
     come out a hundred times as large as the others. With a `clean_width`, what images look like to the VLM goes to
-    `clean`, through a projection that starts at zero.
+    `clean`, through a projection that starts at zero. With `places`, each of so many queries has an embedding that is
+    added to its visual embedding.
     """
 
     width: int
     pooled_width: int
     execution: Execution
     clean_width: int = 0
+    places: int = 0
 
     @nn.compact
     def __call__(
-        self, text: jax.Array, visual: jax.Array, meta: TokenMeta, drop: Drop, images: jax.Array | None = None
+        self,
+        text: jax.Array,
+        visual: jax.Array,
+        meta: TokenMeta,
+        drop: Drop,
+        images: jax.Array | None = None,
+        query: jax.Array | None = None,
     ) -> Condition:
         """Returns the condition.
 
@@ -73,6 +81,7 @@ class DualPathway(nn.Module):
           meta: of the context tokens.
           drop: what each frame loses; tokens of a pathway become its null embedding.
           images: `[B, I, D_vlm]` of the images themselves, if they have a `clean_width`.
+          query: `[B, L]`, which query a VISUAL token is of, if there are `places`.
         """
         dtype, clean = jnp.dtype(self.execution.compute_dtype), None
         if self.clean_width:
@@ -80,8 +89,14 @@ class DualPathway(nn.Module):
                 self.clean_width, ("embed", None), True, dtype, nn.initializers.zeros, name="clean_projection"
             )
             clean = project(RMSNorm(name="clean_norm")(images))
+        place = None
+        if self.places:
+            table = self.param(
+                "query_positions", parameter(nn.initializers.zeros, None, "embed"), (self.places, self.width)
+            )
+            place = table[query]
         text = self._pathway(text, gather_tokens(drop.text, meta.frame), "text")
-        visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual")
+        visual = self._pathway(visual, gather_tokens(drop.visual, meta.frame), "visual", place)
         context = jnp.where((meta.kind == masks.VISUAL)[..., None], visual, text)
         if not self.pooled_width:
             return Condition(context, None, drop.images, clean=clean)
@@ -91,9 +106,10 @@ class DualPathway(nn.Module):
         pooled = RMSNorm(name="pooled_norm")(pooled(jnp.concatenate(means, axis=-1)))
         return Condition(context, pooled, drop.images, clean=clean)
 
-    def _pathway(self, x: jax.Array, dropped: jax.Array, name: str) -> jax.Array:
+    def _pathway(self, x: jax.Array, dropped: jax.Array, name: str, place: jax.Array | None = None) -> jax.Array:
         dtype = jnp.dtype(self.execution.compute_dtype)
         x = Dense(self.width, ("embed", None), True, dtype, name=f"{name}_projection")(RMSNorm(name=f"{name}_norm")(x))
+        x = x if place is None else x + place
         null = self.param(f"{name}_null", parameter(nn.initializers.normal(1.0), None), (self.width,))
         return jnp.where(dropped[..., None], null.astype(jnp.float32), x).astype(dtype)
 

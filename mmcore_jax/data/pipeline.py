@@ -20,10 +20,10 @@ import numpy as np
 from absl import flags
 
 from mmcore_jax.config import Config, UserError
-from mmcore_jax.data import geometry, image, packing, scan
+from mmcore_jax.data import geometry, image, layout, packing, scan
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Shape
-from mmcore_jax.data.layout import Interleaved, Pairs
+from mmcore_jax.data.layout import Interleaved, Item, Pairs
 from mmcore_jax.data.mixture import Draw
 from mmcore_jax.data.plan import Planner, Position
 from mmcore_jax.data.reader import Prepared, Reader
@@ -154,7 +154,7 @@ class Batches(grain.MapDataset):
         All are read and tokenised before the first is decoded: in turns, each is slower, from cold caches. Decoded,
         one is to be written before the next is: images are large.
         """
-        read = [[*self._good(((draw, draw) for draw in row), lambda draw: self._read(*draw), skipped)] for row in rows]
+        read = [[*self._good(((draw, draw) for draw in row), self._parse, skipped)] for row in rows]
         ids: list[list[str]] = [[] for _ in rows]
 
         def decoded(row: list[tuple[Draw, Prepared]], names: list[str]) -> Iterator[Prepared]:
@@ -166,6 +166,15 @@ class Batches(grain.MapDataset):
                 yield prepared
 
         return [decoded(row, names) for row, names in zip(read, ids)], ids
+
+    def _parse(self, draw: Draw) -> Prepared:
+        """An example as it was measured; raises `BadExample`, also where it is another now, which may not fit."""
+        prepared, (source, index) = self._read(*draw), draw
+        if isinstance(prepared.content, Item):
+            taken = layout.lengths(prepared.content, self._reader.sizes)
+            if not np.array_equal(taken, self.scans[source].table["lengths"][index]):
+                raise BadExample("other tokens or images than when it was measured")
+        return prepared
 
     def _good(self, values: Iterable, make: Callable[[Any], Prepared], skipped: list[Skipped]) -> Iterator:
         """Yields (draw, `make(value)`) of each (draw, value) that is not bad; adds the others to `skipped`."""

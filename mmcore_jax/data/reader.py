@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmcore_jax.config import Config
+from mmcore_jax.config import Config, UserError
 from mmcore_jax.data import features, geometry, layout, packing, workers
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
@@ -47,6 +47,7 @@ class Reader:
           UserError: for missing data or features, a tokenizer that does not fit, or sizes that do not.
         """
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        _check_vocabulary(config, len(self.tokenizer))
         chat = layout.ChatFormat(self.tokenizer) if config.data.layout == "interleaved" else None
         sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
         self.__setstate__((config, weights or {}, sources, Encoder(self.tokenizer), chat, [], None))
@@ -170,6 +171,17 @@ class Reader:
         if dit and dit.visibility == "full" and sum(frame.generate for frame in item.frames) > 1:
             raise BadExample("generates several images, which config.model.dit.visibility 'full' shows each other")
         return item, layout.exceeded(layout.lengths(item, sizes), self._data.budgets)
+
+
+def _check_vocabulary(config: Config, tokens: int) -> None:
+    part, path = config.model.vlm, "vlm"
+    if config.data.layout == "pairs":
+        part, path = config.model.vision_target.text, "vision_target.text"
+    if part and tokens > part.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer} has {tokens} tokens, more than config.model.{path}.vocab_size "
+            f"{part.vocab_size}: take the one that the network was trained with, or a larger vocabulary."
+        )
 
 
 def _smaller(sizes: geometry.Geometry) -> list[geometry.Geometry]:

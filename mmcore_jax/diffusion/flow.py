@@ -26,12 +26,17 @@ def to_velocity(prediction: jax.Array, x_t: jax.Array, t: jax.Array, kind: str) 
     return (x_t - prediction) / jnp.maximum(t, MINIMUM_TIMESTEP)
 
 
-def shift_timesteps(t: jax.Array, shift: float) -> jax.Array:
+def shift_of(shift: float, reference: int, tokens: jax.Array | int) -> jax.Array | float:
+    """The shift of images of so many latent tokens, where it is `shift` for `reference` tokens; 0 of them: for all."""
+    return shift * (tokens / reference) ** 0.5 if reference else shift
+
+
+def shift_timesteps(t: jax.Array, shift: jax.Array | float) -> jax.Array:
     """Moves timesteps towards noise: shift t / (1 + (shift - 1) t), SD3 section 5.3.2."""
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def logit_normal_timesteps(normal: jax.Array, config: FlowMatching) -> jax.Array:
-    """Turns standard normal draws into timesteps, SD3 section 3.1, shifted."""
+def logit_normal_timesteps(normal: jax.Array, config: FlowMatching, tokens: jax.Array) -> jax.Array:
+    """Turns standard normal draws into timesteps, SD3 section 3.1, shifted; `tokens`: latent ones of each image."""
     t = jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
-    return shift_timesteps(t, config.shift)
+    return shift_timesteps(t, shift_of(config.shift, config.shift_tokens, tokens))

@@ -17,6 +17,13 @@ def count(batch: Interleaved) -> jax.Array:
     return jnp.maximum(jnp.sum(batch.diffusion.latent_meta.kind == masks.NOISED), 1).astype(jnp.float32)
 
 
+def tokens(batch: Interleaved) -> jax.Array:
+    """Number of noised tokens of each frame, `[B, I]`, at least 1."""
+    meta, frames = batch.diffusion.latent_meta, jnp.arange(batch.images.generated.shape[1])[:, None]
+    own = (meta.frame[:, None] == frames) & (meta.kind == masks.NOISED)[:, None]
+    return jnp.maximum(jnp.sum(own, axis=-1), 1)
+
+
 def loss(
     forward: Forward, settings: config_lib.FlowMatching, keys: jax.Array, step: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, dict]:
@@ -24,7 +31,7 @@ def loss(
     shape = forward.batch.images.generated.shape[1:]
     timestep_keys, noise_keys, dropout_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     normal = jax.vmap(lambda key: jax.random.normal(key, shape))(timestep_keys)
-    t = flow.logit_normal_timesteps(normal, settings)
+    t = flow.logit_normal_timesteps(normal, settings, tokens(forward.batch))
     drop = draw_dropout(settings.dropout, dropout_keys, *shape, step)
     errors = squared_errors(forward, t, noise_keys, drop)
     if settings.timestep_floor:

@@ -35,7 +35,7 @@ from mmcore_jax.data.image import check_processor, processor_file
 from mmcore_jax.data.text import check_same_tokenizer
 from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.nn.layers import is_lora
-from mmcore_jax.processes import gather
+from mmcore_jax.processes import gather, is_first
 from mmcore_jax.training.optimizer import Flat
 from mmcore_jax.training.state import Constants, Plan, State, join, make_plan, random_params
 
@@ -66,7 +66,6 @@ class Checkpoints:
             max_to_keep=config.checkpoint.keep,
             keep_period=config.checkpoint.keep_period or None,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
         )
         handlers = _handlers(ocp.options.MultiprocessingOptions())
         lasting = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
@@ -77,8 +76,10 @@ class Checkpoints:
         self.latest_step = places[0][0] if places else None
         if config.checkpoint.local_every:
             self._drop_parts(places)
-            for part in self._managers["local"].directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+        for tier, manager in self._managers.items():
+            if tier == "local" or is_first():
+                for part in manager.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(part, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Whether to save after a step."""
@@ -424,6 +425,8 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
         _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
         return _restore_part(_reader(directory), 0, "params", _without_lora(like), wanted_by)
     run = _open_run(directory, part, wanted_by)
+    if (network := getattr(run.config.model, part, None)) is not None:
+        _check_same_network(source, part, model, network, wanted_by)
     theirs = _lora_of(run.config.model, part)
     if theirs is None:
         like = _without_lora(like)
@@ -451,6 +454,11 @@ class _Run(NamedTuple):
     step: int
     item: str
     held: set[str]
+
+
+def has_saved(workdir: pathlib.Path) -> bool:
+    """Whether a run has a checkpoint in its workdir."""
+    return any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
 
 
 def _open_run(directory: pathlib.Path, part: str, wanted_by: str) -> _Run:

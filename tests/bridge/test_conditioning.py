@@ -63,3 +63,22 @@ def test_pooled_conditions_do_not_grow():
         params["pooled_projection"] = jax.tree.map(functools.partial(jnp.multiply, size), params["pooled_projection"])
         pooled = module.apply({"params": params}, *given).pooled
         np.testing.assert_allclose(jnp.square(pooled).mean(axis=-1), [[1, 0], [1, 0]], rtol=1e-3)
+
+
+def test_visual_embeddings_have_a_place_where_they_are_not_dropped():
+    """Their embeddings start at zero, and the text and the null embedding get none."""
+    module = DualPathway(8, 0, Execution("float32", "float32", "dense", False, "none"), places=3)
+    text, visual = (jax.random.normal(key, (1, 8, 4)) for key in KEYS[:2])
+    visual = visual.at[:, 2:].set(visual[:, 2:3])
+    meta = plain_meta(jnp.ones((1, 8), bool))
+    meta = meta._replace(kind=meta.kind.at[:, 2:].set(VISUAL), frame=meta.frame.at[:, 5:].set(1))
+    query = jnp.array([[0, 0, 0, 1, 2, 0, 1, 2]])
+    given = text, visual, meta, Drop(jnp.zeros((1, 2), bool), jnp.array([[False, True]])), None, query
+    params = module.init(jax.random.key(0), *given)["params"]
+    at_first = module.apply({"params": params}, *given).context
+    chex.assert_trees_all_equal(at_first[:, 2], at_first[:, 3], at_first[:, 4])
+    params["query_positions"] = jax.random.normal(KEYS[2], (3, 8))
+    context = module.apply({"params": params}, *given).context
+    chex.assert_trees_all_close(context[0, 2:5] - at_first[0, 2:5], params["query_positions"], atol=1e-5)
+    chex.assert_trees_all_equal(context[0, :2], at_first[0, :2])
+    chex.assert_trees_all_equal(context[0, 5:], at_first[0, 5:])

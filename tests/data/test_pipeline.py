@@ -250,6 +250,34 @@ def test_damaged_images_are_not_shown(data, tmp_path, capsys):
     assert "sheet.png: 8 examples" in capsys.readouterr().out
 
 
+def test_a_record_that_is_another_than_was_measured_is_left_out(data):
+    """As where the images beside JSON lines are replaced: what is larger now would not fit into its row."""
+    batches = Batches(make_config(data))
+    table = np.array(batches.scans[0].table)
+    table["lengths"][3, 0] -= 1
+    batches.scans[0] = batches.scans[0]._replace(table=table)
+    found = [batches[step] for step in range(STEPS)]
+    assert {skipped.reason for batch in found for skipped in batch.skipped} == {
+        "other tokens or images than when it was measured"
+    }
+    assert all("record 3" in skipped.where for batch in found for skipped in batch.skipped)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_vocabulary_is_refused(data):
+    """Their embeddings would all be that of the last one."""
+    for layout, part in (("interleaved", "vlm"), ("pairs", "vision_target.text")):
+        settings = make_config(data, layout, sources=("drawings",))
+        network = settings.model.vlm or settings.model.vision_target.text
+        few = dataclasses.replace(network, vocab_size=100)
+        if part == "vlm":
+            model = dataclasses.replace(settings.model, vlm=few)
+        else:
+            target = dataclasses.replace(settings.model.vision_target, text=few)
+            model = dataclasses.replace(settings.model, vision_target=target)
+        with pytest.raises(UserError, match=f"has 3.. tokens, more than config.model.{part}.vocab_size 100"):
+            Batches(dataclasses.replace(settings, model=model))
+
+
 def test_what_the_order_follows_from_is_the_same_everywhere_and_later(data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(data, moved, ignore=shutil.ignore_patterns("index"))

@@ -1,5 +1,7 @@
 """Flow matching and its solver against what can be worked out by hand."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -53,11 +55,17 @@ def test_logit_normal_timesteps():
     settings = config.FlowMatching(
         weight=1.0, timestep_floor=0.0, logit_mean=0.7, logit_std=0.5, shift=3.0, dropout=dropout
     )
-    t = flow.logit_normal_timesteps(jax.random.normal(jax.random.key(0), (20_000,)), settings)
+    normal, tokens = jax.random.normal(jax.random.key(0), (20_000,)), jnp.full((20_000,), 16)
+    t = flow.logit_normal_timesteps(normal, settings, tokens)
     logits = np.log(t / (1 - t))
     assert abs(logits.mean() - (0.7 + np.log(3.0))) < 0.02
     assert abs(logits.std() - 0.5) < 0.02
     assert t.dtype == jnp.float32
+    # A quarter of the tokens have half of the shift.
+    smaller = flow.logit_normal_timesteps(normal, dataclasses.replace(settings, shift_tokens=64), tokens)
+    np.testing.assert_allclose(logits - np.log(smaller / (1 - smaller)), np.log(2.0), atol=1e-3)
+    assert flow.shift_of(3.0, 4096, 4096) == flow.shift_of(3.0, 0, 77) == 3.0
+    assert flow.shift_of(3.0, 4096, 1024) == 1.5
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])

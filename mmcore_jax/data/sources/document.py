@@ -54,8 +54,14 @@ def parse_object(content: bytes) -> dict:
     return record
 
 
+def names(column: Column) -> list[str]:
+    """The columns of a record in which a segment may be: the first that there is."""
+    return column.column.split(";")
+
+
 def _mapped(record: Mapping, column: Column, find_image: FindImage) -> Iterator[dict]:
-    value = _lookup(record, column.column)
+    found = (_lookup(record, name) for name in names(column))
+    value = next((value for value in found if value is not _MISSING), _MISSING)
     if value is _MISSING:
         raise BadExample(f"column {column.column!r} is missing")
     for item in _flat(value):

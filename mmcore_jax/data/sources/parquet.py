@@ -55,7 +55,9 @@ class Source(Sharded):
 
     def _needs(self, column: str) -> bool:
         segments = self._settings.segments
-        wanted = ["segments"] if segments is None else [segment.column for segment in segments]
+        wanted = (
+            ["segments"] if segments is None else [name for segment in segments for name in document.names(segment)]
+        )
         return any(name == column or name.startswith(f"{column}.") for name in ["id", "task", *wanted])
 
     def _read(self, shard: int, row: int) -> Example:

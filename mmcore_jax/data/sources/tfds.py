@@ -39,7 +39,7 @@ class Source:
 
     def _open(self, _: None) -> Any:
         settings = self._settings
-        images = [column.column for column in settings.segments if column.type == "image"]
+        images = [name for column in settings.segments if column.type == "image" for name in document.names(column)]
         return tensorflow_datasets.data_source(
             settings.name,
             split=settings.split,

@@ -110,6 +110,18 @@ def test_pairs_of_a_tar(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_the_first_column_that_there_is(tmp_path, kind):
+    records = [{"id": "1", "txt": b"one", "jpeg": png(1)}, {"id": "2", "txt": b"two", "jpeg": png(3)}]
+    if kind == "webdataset":
+        records[1]["jpg"] = png(2)
+    columns = (Column("text", "txt"), Column("image", "jpg;jpeg", generate=True))
+    found = read(mapped(kind, tmp_path, records, columns))
+    assert found == [formats.document("1", "one", -1), formats.document("2", "two", -2 if kind == "webdataset" else -3)]
+    with pytest.raises(BadExample, match="column 'gif;bmp' is missing"):
+        read(mapped(kind, tmp_path, records, (*columns, Column("image", "gif;bmp"))))
+
+
 def test_keys_inside_a_json_member(tmp_path):
     content = json.dumps({"caption": {"en": "a dot"}, "turns": [{"say": "one"}, {"say": "two"}]}).encode()
     records = [{"id": "a/b/7", "JSON": content, "seg.png": png(1)}]
