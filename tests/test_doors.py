@@ -172,11 +172,11 @@ def test_another_tokenizer_is_noticed(enter, tmp_path) -> None:
     data = tiny.write_dataset(tmp_path / "data")
     arguments = [*tiny.overrides("stage1", data), "--config.total_steps=1", "--config.init.vision_target=random"]
     enter(train.main, "--config=configs/stage1.py", f"--workdir={tmp_path / 'one'}", *arguments)
-    path = data / "tokenizer/tokenizer.json"
-    path.write_text(path.read_text() + "\n")
     arguments = [*tiny.overrides("stage2", data), *(f"--config.init.{part}={tmp_path / 'one'}" for part in PARTS)]
     other = "--config.model.vlm.rope_theta=5e5"
-    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'three'}", *arguments, other)
+    result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'two'}", *arguments, other)
     check(result, "another network", "config.model.vlm.rope_theta is 500000.0 and must be")
+    path = data / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
     result = enter(train.main, "--config=configs/stage2.py", f"--workdir={tmp_path / 'two'}", *arguments)
     check(result, "tokenizer", "anew")
