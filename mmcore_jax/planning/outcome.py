@@ -228,8 +228,9 @@ def _out_of_memory(outcome: Outcome, message: str) -> None:
     else:
         first = message.split("\n")[0]
         raise UserError(f"the step does not compile, and the compiler does not say how much is missing: {first}")
-    # The compiler rounds, and may have less to give.
-    outcome.needed = max(sum(outcome.memory.values()), math.nextafter(outcome.capacity, math.inf))
+    outcome.needed = sum(outcome.memory.values())
+    if outcome.capacity:  # the compiler rounds, and may have less to give
+        outcome.needed = max(outcome.needed, math.nextafter(outcome.capacity, math.inf))
     for part in re.split(r"\n\s*\d+\. ", message)[1:]:
         size, kind = re.search(rf"Size: {_SIZE}", part), re.search(r"Shape: (\S+)", part)
         operator = re.search(r'op_name="([^"]*)"', part)
