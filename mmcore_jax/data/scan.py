@@ -86,9 +86,9 @@ def check_share(name: str, bad: dict[str, int], total: int, limit: float) -> Non
     count = sum(bad.values())
     if count and (count > limit * total or count == total):
         reason = max(bad, key=bad.get)
+        said = f"more than config.data.bad_record_limit {limit:g} allows" if count > limit * total else "which is all"
         raise UserError(
-            f"data source {name!r} has {count} bad records of {total}, more than config.data.bad_record_limit "
-            f"{limit:g} allows; most often ({bad[reason]}): {reason}."
+            f"data source {name!r} has {count} bad records of {total}, {said}; most often ({bad[reason]}): {reason}."
         )
 
 

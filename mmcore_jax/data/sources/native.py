@@ -12,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mmcore_jax.config import UserError
 from mmcore_jax.data import example as example_lib
+from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import workers
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.sources import RandomAccess
@@ -114,6 +115,10 @@ def _encode(job: _Job, shard: int, bad: collections.Counter[str]) -> Iterator[by
     first, last = (len(job.source) * edge // job.shards for edge in (shard, shard + 1))
     for index in range(first, last):
         try:
-            yield example_lib.encode(job.source[index])
+            example = job.source[index]
+            for segment in example["segments"]:
+                if segment["type"] == "image":
+                    image_lib.open_rgb(segment["image"])
+            yield example_lib.encode(example)
         except BadExample as reason:
             bad[str(reason)] += 1

@@ -64,6 +64,19 @@ def test_bad_records_are_counted(tmp_path, damaged, workers):
     assert stamps(tmp_path / "made") == before
 
 
+def test_an_image_that_does_not_decode_is_left_out(tmp_path):
+    """Its header is whole, so that reading alone finds nothing."""
+    (key, picture), *rest = reversed(formats.members(PAIRS[0]))
+    cut = [*reversed(rest), (key, picture[:-30])]
+    (tmp_path / "0.tar").write_bytes(formats.tar([*cut, *formats.members(PAIRS[1])]))
+    source = opened("some", settings("webdataset", tmp_path / "0.tar", task="test"))
+    assert len([source[index] for index in range(2)]) == 2
+    count, bad = convert(source, tmp_path / "made", shards=1)
+    assert count == sum(bad.values()) == 1
+    assert "does not decode" in next(iter(bad))
+    assert read(tmp_path / "made", "some") == PAIRS[1:2]
+
+
 def stamps(directory):
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.array_record")}
 
