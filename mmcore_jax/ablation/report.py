@@ -62,7 +62,9 @@ class Results:
         self.seeds = sorted({*seeds, *map(_seed, others)})
         self.jobs = family.jobs(comparisons, self.seeds)
         own = {job.name: read_record(job, taken.get(job.name, 0.0)) for job in self.jobs if job.is_done}
-        self._all = others | own
+        scored = {name for name, record in others.items() if record.cases is not None}
+        # What was made again here, to begin from, has no scores.
+        self._all = others | {name: one for name, one in own.items() if name not in scored or one.cases is not None}
         self._records = {job.name: self._all[job.name] for job in self.jobs if job.name in self._all}
 
     @property

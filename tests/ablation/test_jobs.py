@@ -1,5 +1,6 @@
 """How the runs are made: what is there is kept, time is kept, and a report is written from whatever there is."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -194,6 +195,22 @@ def test_seeds_of_two_machines_are_one_report(tmp_path):
     assert json.loads((here / report.RESULTS_FILE).read_text()).keys() == {
         f"seed{seed}/{name}" for seed in (0, 1) for name in NAMES
     }
+
+
+def test_what_is_made_again_to_begin_from_keeps_its_scores(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for root in (here, there):
+        root.mkdir()
+    jobs_lib.run(plan(there)[1], there, Fakes().doors, None)
+    write(there, [0])
+    known = report.read_others([there / report.RESULTS_FILE], plan(here)[0], choose(COMPARED), CASES)
+    unscored = [dataclasses.replace(job, judged=False) for job in plan(here)[1]]
+    jobs_lib.run(unscored, here, Fakes().doors, None)
+    family = plan(here)[0]
+    as_they_are = family.jobs
+    family.jobs = lambda *given: [dataclasses.replace(job, judged=False) for job in as_they_are(*given)]
+    results = report.Results(here, family, choose(COMPARED), [0], known)
+    assert results.value("lora", "stage1", 0, COSINE) == 4.0
 
 
 def test_results_with_other_settings_are_refused(tmp_path):
