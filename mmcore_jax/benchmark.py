@@ -88,11 +88,9 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def settle(threads: int) -> None:
-    """Puts both on the CPU, on as many cores with as many threads; XLA reads NPROC when it starts."""
+    """Puts both on the CPU with as many threads; XLA reads NPROC when it starts."""
     import torch
 
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     jax.config.update("jax_platforms", "cpu")
     os.environ["NPROC"] = str(threads)
     torch.set_num_threads(threads)

@@ -145,7 +145,7 @@ class MMCORE(nn.Module):
         is_visual = meta.kind == masks.VISUAL
         flat = visual.reshape(visual.shape[0], -1, visual.shape[-1])
         source = jnp.where(is_visual, source, 0)
-        query = source % self.config.queries.grid**2
+        query = source % self.config.queries.grid**2 if self.config.dit.query_positions else None
         return self.conditioning(text, gather_tokens(flat, source), meta, drop, images, query)
 
     def latents(self, pixels: jax.Array) -> jax.Array:

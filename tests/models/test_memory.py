@@ -24,7 +24,7 @@ def temporaries(images: int, attention: str) -> int:
 
     A document of `images` images is one row, with a frame embedding each.
     """
-    dit = dataclasses.replace(CONFIG.model.dit, depth=2, dual_layers=1)
+    dit = dataclasses.replace(CONFIG.model.dit, depth=2, dual_layers=1, query_positions=False)
     execution = Execution("float32", "float32", attention, True, "full")
     model = MMCORE(Model(None, None, None, None, dit, Pixels("pixel"), CONFIG.model.frames), execution)
 
