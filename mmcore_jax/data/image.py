@@ -22,7 +22,7 @@ from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resize
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmcore_jax.config import QwenVision, UserError
-from mmcore_jax.data.example import BadExample
+from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.nn.tokens import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH, merge_order
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the latter as transformers 5 saves it
@@ -65,6 +65,13 @@ def open_rgb(encoded: bytes) -> Image.Image:
         turn = _turn(image)
         image = _to_rgb(_load(image, encoded))
     return image.transpose(turn) if turn is not None else image
+
+
+def check(example: Example) -> None:
+    """Raises `BadExample` where an image of an example does not decode, which its header alone does not tell."""
+    for segment in example["segments"]:
+        if segment["type"] == "image":
+            open_rgb(segment["image"])
 
 
 def read_size(encoded: bytes) -> tuple[int, int]:

@@ -143,9 +143,7 @@ class Batches(grain.MapDataset):
     def _read_whole(self, number: int, index: int) -> Example:
         """Returns an example as it is; raises `BadExample`, also for damage beyond the header of an image."""
         example = self._reader.read(number, index)
-        for segment in example["segments"]:
-            if segment["type"] == "image":
-                image.open_rgb(segment["image"])
+        image.check(example)
         return example
 
     def _prepare(self, rows: list[list[Draw]], skipped: list[Skipped]) -> tuple[list[Iterator[Prepared]], list]:

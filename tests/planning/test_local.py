@@ -37,6 +37,7 @@ def test_every_mesh_splits_what_it_should(stage: str) -> None:
         moved = {kind: sum(t["bytes"] for t in outcome["transfers"] if t["kind"] == kind) for kind in _kinds(outcome)}
         assert outcome["fits"]
         assert outcome["seconds"] is None
+        assert outcome["replicated"] == []
         assert {transfer["axes"] for transfer in outcome["transfers"]} <= AXES[name]
         # No mesh repeats work that another splits, and none leaves any out.
         assert 0.95 * whole["compiled_flops"] < outcome["compiled_flops"] < 1.1 * whole["compiled_flops"]

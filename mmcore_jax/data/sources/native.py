@@ -116,9 +116,7 @@ def _encode(job: _Job, shard: int, bad: collections.Counter[str]) -> Iterator[by
     for index in range(first, last):
         try:
             example = job.source[index]
-            for segment in example["segments"]:
-                if segment["type"] == "image":
-                    image_lib.open_rgb(segment["image"])
+            image_lib.check(example)
             yield example_lib.encode(example)
         except BadExample as reason:
             bad[str(reason)] += 1
