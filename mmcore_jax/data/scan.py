@@ -4,7 +4,6 @@ A scan reads every record once, but no image further than its header. It is kept
 that stands for the records, the tokenizer and the sizes that it was made with, and serves every run that has the same.
 """
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -71,6 +70,11 @@ def load(config: Config, reader: Reader, number: int, progress: Progress, worker
     if not table.exists():
         _write(_make(reader, number, progress, workers), table, reasons)
     scan = Scan(np.load(table, mmap_mode="r"), json.loads(reasons.read_text()))
+    bad = np.flatnonzero(scan.table["reason"])
+    kinds = scan.table["reason"][bad]
+    for kind, reason in enumerate(scan.reasons, 1):  # of a scan that was there too: this is what the run leaves out
+        for count, index in enumerate(bad[kinds == kind][:_CASES_LOGGED].tolist(), 1):
+            log_case(count, source.name, reason, source.where(index))
     check_share(source.name, scan.bad, len(scan.table), config.data.bad_record_limit)
     return scan
 
@@ -114,14 +118,11 @@ def _make(reader: Reader, number: int, progress: Progress, workers: int) -> Scan
     parts = over_source(_measure, _CHUNK, reader, number, progress, "scanning", workers)
     table = np.zeros(total, _RECORD)
     known: dict[str, int] = {}
-    seen: collections.Counter[str] = collections.Counter()
     for first, (part, bad) in zip(range(0, total, _CHUNK), parts):
         table[first : first + _CHUNK] = part
         for index, reason in bad.items():
             reason = reason if reason in known or len(known) < _MOST_REASONS - 1 else _OTHER
             table["reason"][index] = known.setdefault(reason, len(known) + 1)
-            seen[reason] += 1
-            log_case(seen[reason], source.name, reason, source.where(index))
     return Scan(table, list(known))
 
 

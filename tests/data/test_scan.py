@@ -38,6 +38,22 @@ def test_a_scan_is_kept(config, tmp_path, monkeypatch):
     assert len(list((tmp_path / "index").iterdir())) == 2
 
 
+def test_places_of_bad_records_are_logged_each_time(config, monkeypatch):
+    """Of a kept scan too; no more than the first of each reason."""
+    logged = []
+    monkeypatch.setattr(scan.logging, "warning", lambda text, *values: logged.append(text % values))
+    monkeypatch.setattr(scan, "_CASES_LOGGED", 1)
+    budgets = dataclasses.replace(config.data.budgets, vlm_tokens=19)
+    settings = dataclasses.replace(config.data, budgets=budgets, bad_record_limit=1.0)
+    config = dataclasses.replace(config, data=settings)
+    made = load(config)
+    assert len(logged) == len(made.reasons) < sum(made.bad.values())
+    first = list(logged)
+    assert all(any(reason in line and "partly" in line for line in first) for reason in made.reasons)
+    load(config)
+    assert logged == first * 2
+
+
 @pytest.mark.parametrize("what", ["budgets", "vlm_pixels", "tokenizer", "too_long", "shards"])
 def test_a_scan_of_something_else_is_not_used(config, data, tmp_path, what):  # noqa: F811
     load(config)
