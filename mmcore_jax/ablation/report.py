@@ -139,7 +139,10 @@ def read_others(
             raise UserError(f"{file} is not the results.json of an ablation ({error}).") from error
         for job in family.jobs(comparisons, sorted(seeds)):
             if job.name in known and known[job.name].fingerprint != job.fingerprint:
-                raise UserError(f"{file}: {job.name} was made with other settings than are asked for now.")
+                raise UserError(
+                    f"{file}: {job.name} was made with other settings than are asked for now: give the same, or do "
+                    "without this file."
+                )
             if job.name in known and known[job.name].cases not in (None, cases):
                 raise UserError(f"{file}: {job.name} was scored with --cases={known[job.name].cases}: give the same.")
         found |= known
