@@ -339,7 +339,7 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
             rows.append((one, scale * difference.mean, abs(scale) * half if np.isfinite(half) else 0.0))
     if not rows:
         return False
-    figure, axes = _figure(9, 1.2 + 0.35 * len(rows))
+    figure, axes = _figure(9, 1.4 + 0.35 * len(rows))
     colours = {"better": "C2", "worse": "C3", "not reported": "C7"}
     for number, (one, mean, half) in enumerate(reversed(rows)):
         inside = colours[one.paper] if half else "white"
@@ -349,7 +349,7 @@ def _plot_differences(path: pathlib.Path, results: Results) -> bool:
     )
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    key = "in the paper, green: better, red: worse, grey: not reported; hollow: one seed"
+    key = "in the paper, green: better, red: worse,\ngrey: not reported; hollow: one seed"
     axes.set_xlabel(f"how much better the first is, %\n({key})")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
