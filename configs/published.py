@@ -147,15 +147,17 @@ PODS = dict(
     v5e_256=dict(data=8, fsdp=32),
     v5p_128=dict(data=4, fsdp=32),
 )
+ACCUMULATION = dict(v5e_64=4, v5e_256=1, v5p_128=1)  # a chip of v5e holds one row of the batch of 256 at once
 FITTING = dict(qwen25vl3b_sd35m=("v5e_64", "v5e_256"), qwen25vl7b_sd35l=("v5e_256", "v5p_128"))
 
 
 def on_pods(recipes: dict[str, Callable[[], ConfigDict]]) -> dict[str, Callable[[], ConfigDict]]:
-    """The recipes, and `RECIPE_POD` for those that have a pod: the same runs, on its mesh."""
+    """The recipes, and `RECIPE_POD` for those that have a pod: the same runs, on a mesh and in pieces that fit it."""
 
     def on(recipe: str, pod: str) -> ConfigDict:
         config = recipes[recipe]()
         config.mesh.update(PODS[pod])
+        config.optimizer.accumulation = ACCUMULATION[pod]
         return config
 
     pairs = [(recipe, pod) for recipe, pods in FITTING.items() for pod in pods]

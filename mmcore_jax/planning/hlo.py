@@ -26,11 +26,15 @@ COLLECTIVES = (
 _STARTS, _DONES = ([f"{name}-{end}" for name in (*COLLECTIVES, "async")] for end in ("start", "done"))
 # What takes no time and touches no memory of its own.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "opt-barrier")
+FREE += ("recv", "recv-done", "send-done")
 _PASSING_ON = (*FREE, "while", "call", "conditional", "custom-call")
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128, "bf16": 16}
 _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+# Between slices: hosts transfer what every chip sends, and each receives the result.
+_SENT = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}",_xla_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
@@ -370,6 +374,8 @@ def collective(module: Module, computation: str, instruction: Instruction) -> Co
         results = _results(instruction)
         whole = given if kind == "reduce-scatter" else sum(array.bytes for array in results)
         return Collective(kind, whole, _group(instruction.text))
+    if kind == "send":
+        return _between_slices(module.computations[computation], instruction)
     called = instruction.called("calls") or ""
     if called.startswith("all-reduce-scatter"):
         found = next(_inside(module, called))
@@ -381,14 +387,35 @@ def is_start(instruction: Instruction) -> bool:
     """Whether an instruction starts a transfer that another ends."""
     if instruction.opcode == "fusion":
         return "async-collective-start" in instruction.name
-    return instruction.opcode in _STARTS
+    return instruction.opcode in _STARTS or instruction.opcode == "send"
 
 
 def is_done(instruction: Instruction) -> bool:
     """Whether an instruction waits for a transfer that another has started."""
     if instruction.opcode == "fusion":
         return "async-collective-done" in instruction.name
-    return instruction.opcode in _DONES
+    return instruction.opcode in _DONES or instruction.opcode == "recv-done"
+
+
+def sender(inside: Computation, instruction: Instruction) -> str | None:
+    """Of what ends a transfer between slices, the name of what has started it; None for everything else."""
+    if instruction.opcode != "recv-done":
+        return None
+    met = _RENDEZVOUS.search(inside[instruction.operands[0]].text)
+    sends = (line for line in inside.values() if line.opcode == "send")
+    return next((line.name for line in sends if met and met[0] in line.text), None)
+
+
+def _between_slices(inside: Computation, instruction: Instruction) -> Collective | None:
+    """The transfer that a chip's `send` belongs to, in which the chips at its place in all slices take part."""
+    found = _SENT.search(instruction.text)
+    if not found:
+        return None
+    slices, kind = len(found[1].split(",")), found[3].lower().replace("_", "-")
+    sent = sum(array.bytes for array in inside[instruction.operands[0]].arrays)
+    in_slice = 1 + int(found[2])
+    group = tuple(range(0, slices * in_slice, in_slice))
+    return Collective(kind, sent * slices if kind == "all-gather" else sent, group)
 
 
 def _inside(module: Module, name: str | None) -> Iterator[Collective]:

@@ -287,7 +287,7 @@ def _gathered(module: hlo.Module, outcome: Outcome) -> list[Large]:
     for name, line, _ in hlo.executed(module):
         transfer = hlo.collective(module, name, line)
         if transfer and transfer.kind == "all-gather" and transfer.bytes > LARGE_SHARE * outcome.capacity:
-            where = hlo.source(module, line, PACKAGE) or line.op_name
+            where = hlo.source(module, line, PACKAGE) or line.op_name or line.name
             found[where] = Large(transfer.bytes, "an all-gather", where)
     return sorted(found.values(), key=lambda large: -large.bytes)
 

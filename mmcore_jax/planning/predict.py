@@ -2,9 +2,10 @@
 
 The compiler's estimate of cycles leaves out transfers between devices, kernels and asynchronous copies, is too high for
 what memory bounds, and a little too high for matrix products. So each product takes at least what the chip's peak
-allows, everything at least what its memory allows, and transfers run in one queue beside the computation: what is
-waited for is exposed. Where the figures come from: Google's tables of the chips, and training runs that others have
-published, of which the predicted MFU was between 6% too low and 5% too high for language models.
+allows, everything at least what its memory allows, and transfers run beside the computation, in one queue within a
+slice and one between slices: what is waited for is exposed. Where the figures come from: Google's tables of the chips,
+and training runs that others have published, of which the predicted MFU was between 6% too low and 5% too high for
+language models.
 """
 
 import collections
@@ -168,13 +169,14 @@ def _run(
     module: Module, name: str, part: str, mesh: dict[str, int], links: Links | None, kernels: Kernels
 ) -> Prediction:
     """Runs through a computation, which belongs to a `part` of the model where an instruction does not say."""
-    total, free = Prediction(), 0.0
+    total, free = Prediction(), {"links": 0.0, "network": 0.0}
     pending: dict[str, tuple[float, Transfers]] = {}
     origins: dict[str, str] = {}  # what holds a transfer that has been started -> its start
     for line in module.computations[name].values():
         where = _part(line) or part
         nested = _nested(module, line, where, mesh, links, kernels)
         origin = next((start for start in map(origins.get, line.operands) if start in pending), None)
+        origin = origin or hlo.sender(module.computations[name], line)
         if nested:
             for one, times in nested:
                 total.include(one, times)
@@ -187,11 +189,12 @@ def _run(
             entry.count += 1
             entry.bytes += found.bytes
             entry.seconds += seconds
-            free = max(free, total.seconds) + seconds
+            queue = "network" if line.opcode == "send" else "links"
+            free[queue] = max(free[queue], total.seconds) + seconds
             if hlo.is_start(line):
-                pending[line.name], origins[line.name] = (free, entry), line.name
+                pending[line.name], origins[line.name] = (free[queue], entry), line.name
             else:
-                total.seconds += _wait(total.seconds, free, entry)
+                total.seconds += _wait(total.seconds, free[queue], entry)
         elif line.opcode not in hlo.FREE:
             _compute(total, module, name, line, where, links, kernels)
         if origin in pending and line.name not in pending:

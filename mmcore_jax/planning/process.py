@@ -17,11 +17,13 @@ from mmcore_jax.config import Config, UserError, door
 from mmcore_jax.planning.outcome import Outcome, evaluate
 from mmcore_jax.planning.program import LOCAL
 
-# No TPU is looked for, and other processes may compile for TPUs at the same time.
+# No TPU is looked for, other processes may compile for TPUs at the same time, and no flags of another backend come in,
+# of which the compiler for TPUs would die.
 TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }

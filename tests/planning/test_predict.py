@@ -63,6 +63,17 @@ def test_each_of_two_transfers_is_waited_for(reduced):
     assert found.seconds == pytest.approx(3 * 2 * 4096**3 / (0.95 * PEAK) + summed.exposed)
 
 
+def test_between_slices_hosts_send_and_receive():
+    """In a queue of its own: what the links do beside it takes no time from it."""
+    found = predict(module("slices.txt"), {"data": 2, "fsdp": 4}, wired(2, 2, slices=2))
+    inside, between = (found.transfers["all-reduce", (axis,)] for axis in ("fsdp", "data"))
+    product = 2 * 4096**3 / (0.95 * PEAK)
+    assert (between.count, between.bytes) == (1, 2**25)
+    assert between.seconds == pytest.approx(2**25 / (0.9 * V5E.network))  # to the other slice a half, and a half back
+    assert between.exposed == pytest.approx(between.seconds - inside.seconds - product)
+    assert found.seconds == pytest.approx(between.seconds + product)
+
+
 def test_products_of_a_library_are_named():
     text = (MODULES / "two_transfers.txt").read_text()
     call = 'custom-call(%reduced, %gathered), custom_call_target="__cublas$gemm"'
