@@ -29,6 +29,7 @@ from mmcore_jax.data import image, packing
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.pipeline import Batch, Batches, Ledger, check_contents
 from mmcore_jax.data.plan import Position
+from mmcore_jax.data.reader import check_there
 from mmcore_jax.data.text import keep_tokenizer
 from mmcore_jax.evaluation.sheet import Cell, sheet
 from mmcore_jax.generate import Generator
@@ -98,8 +99,9 @@ def run(
         print(f"{workdir} is done: step {checkpoints.latest_step} of {config.total_steps}.")
         return True
     fresh = checkpoints.latest_step is None
-    if fresh:
+    if fresh:  # before weights are loaded, which may take minutes
         check_sources(config)
+        check_there(config)
     jax.set_mesh(mesh)
 
     # --- Model: what config.init names --------------------------------------------------------------------------------

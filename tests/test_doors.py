@@ -75,6 +75,21 @@ def test_missing_data(enter, tmp_path) -> None:
     check(enter(train.main, STAGE0, *arguments), "nowhere", "prepare")
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("data.sources.caption.shards=nowhere", ["'caption' finds no shards at nowhere"]),
+        ("gauges.sources.caption.shards=nowhere", ["'caption' finds no shards at nowhere"]),
+        ("data.tokenizer=nowhere", ["no tokenizer in nowhere"]),
+    ],
+)
+def test_missing_data_is_named_before_weights_are_loaded(enter, data, tmp_path, monkeypatch, missing, words) -> None:
+    monkeypatch.setattr(train, "initial_params", lambda *_: pytest.fail("weights are loaded"))
+    arguments = [f"--workdir={tmp_path / 'run'}", *tiny.overrides("stage1", data), "--config.init.vision_target=random"]
+    arguments += ["--config.gauges.every=4", f"--config.{missing}"]
+    check(enter(train.main, "--config=configs/stage1.py", *arguments), *words)
+
+
 def test_missing_shard(enter, tmp_path) -> None:
     data = tiny.write_dataset(tmp_path / "data")
     whole = data / "text_to_image-train-00000-of-00001.array_record"

@@ -14,7 +14,7 @@ from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Shape
 from mmcore_jax.data.layout import Interleaved, Lengths, Pairs
-from mmcore_jax.data.sources import open_source
+from mmcore_jax.data.sources import open_sources
 from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
 
@@ -33,6 +33,14 @@ class Prepared(NamedTuple):
         return self if self.images is not None else self._replace(images=self.decode())
 
 
+def check_there(config: Config) -> None:
+    """Raises `UserError` if the tokenizer, a source of a run or one of its gauges is missing: opening them shows it."""
+    load_tokenizer(config.data.tokenizer)
+    open_sources(config.data.sources)
+    if config.gauges and config.gauges.every:
+        open_sources(config.gauges.sources)
+
+
 class Reader:
     """Random access over the examples of all sources of a config; in other processes it has no `tokenizer`."""
 
@@ -49,7 +57,7 @@ class Reader:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, len(self.tokenizer))
         chat = layout.ChatFormat(self.tokenizer) if config.data.layout == "interleaved" else None
-        sources = [open_source(name, settings) for name, settings in config.data.sources.items()]
+        sources = open_sources(config.data.sources)
         self.__setstate__((config, weights or {}, sources, Encoder(self.tokenizer), chat, [], None))
         self._stores = [features.stores(config, self, number, self._weights) for number in range(len(sources))]
         for source, stores in zip(self.sources, self._stores):

@@ -32,7 +32,7 @@ from mmcore_jax.data import geometry, layout, packing
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Geometry
 from mmcore_jax.data.layout import Interleaved, Item, Picture
-from mmcore_jax.data.sources import RandomAccess, open_source
+from mmcore_jax.data.sources import RandomAccess, open_sources
 from mmcore_jax.evaluation import probes, scores
 from mmcore_jax.generate import ROUNDING
 from mmcore_jax.mmcore import MMCORE, Forward, Params
@@ -86,7 +86,7 @@ class Gauges:
                 f"config.gauges.every is {self._every}, but {config.stage} {config.recipe} has nothing to measure, or "
                 "config.gauges.sources nothing to measure it on: give it sources, or set it to 0."
             )
-        sources = [open_source(name, settings) for name, settings in config.gauges.sources.items()]
+        sources = open_sources(config.gauges.sources)
         self._sizes = geometry.derive(config.model, config.data)
         make = functools.partial(_make_case, config, layout.ChatFormat(tokenizer), self._sizes)
         self._cases = [case for source in sources for case in _choose(source, config.gauges.examples, make)]

@@ -4,6 +4,7 @@ A record that is none is a `BadExample` at its place: it never shifts the others
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import Protocol
 
 from mmcore_jax.config import Source, UserError
@@ -25,6 +26,11 @@ class RandomAccess(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of shard names (below their common directory), sizes, ends, and the settings that shape examples."""
+
+
+def open_sources(settings: Mapping[str, Source]) -> list[RandomAccess]:
+    """Opens all of `config.data.sources`, or of `config.gauges.sources`; raises as `open_source` does."""
+    return [open_source(name, source) for name, source in settings.items()]
 
 
 def open_source(name: str, settings: Source) -> RandomAccess:
