@@ -28,6 +28,7 @@ from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
 from mmcore_jax.progress import progress
 from mmcore_jax.training.checkpoint import load_run
+from mmcore_jax.writing import write_text
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch
 FEATURE_SIZE = 128
@@ -168,9 +169,8 @@ def write(output: pathlib.Path, settings: dict, results: Scores, sheets: Sheets)
         for name, rows in sheets.items():
             sheet(rows).save(output / f"{name}.png")
         (output / "scores.txt").write_text(scores.table(results))
-        temporary = output / "scores.tmp"
-        temporary.write_text(json.dumps({"settings": settings, **scores.to_json(results)}, indent=1) + "\n")
-        temporary.replace(output / "scores.json")
+        record = {"settings": settings, **scores.to_json(results)}
+        write_text(output / "scores.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}.") from error
 

@@ -54,6 +54,7 @@ from mmcore_jax.training.state import Constants, abstract_state, create_state, f
 from mmcore_jax.training.step import Metrics, make_encode, make_step
 from mmcore_jax.training.telemetry import Silence, Telemetry
 from mmcore_jax.training.watchdog import watching
+from mmcore_jax.writing import write_text
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.
 LAG = 2
@@ -333,9 +334,7 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists() and not (workdir / "checkpoints").exists():
             (workdir / RUN_FILE).write_text(secrets.token_hex(8))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config.to_json())
-        temporary.replace(path)
+        write_text(path, config.to_json())
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}.") from error
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from mmcore_jax import config as config_lib
 from mmcore_jax.ablation.table import CONTROL, STAGES, VARIANTS, Comparison
 from mmcore_jax.config import Config, TryAgain, UserError
+from mmcore_jax.writing import write_text
 
 SECONDS_FILE = "seconds.json"
 
@@ -235,6 +236,4 @@ def seconds(root: pathlib.Path) -> dict[str, float]:
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

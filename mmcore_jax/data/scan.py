@@ -7,7 +7,6 @@ that stands for the records, the tokenizer and the sizes that it was made with, 
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from mmcore_jax.data import layout
 from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.reader import Reader, over_source
 from mmcore_jax.progress import Progress
+from mmcore_jax.writing import whole, write_text
 
 _RECORD = np.dtype([("lengths", np.int32, len(layout.Lengths._fields)), ("reason", np.uint8), ("bucket", np.uint16)])
 _RULES = 2  # of `layout.make_item`; another number wherever those change lengths
@@ -139,16 +139,13 @@ def _measure(reader: Reader, number: int, first: int, last: int) -> tuple[np.nda
 
 def _write(scan: Scan, table: pathlib.Path, reasons: pathlib.Path) -> None:
     """Writes both files whole or not at all, the table last: where it is, the reasons are."""
-    temporary = table.with_name(f"{table.name}.{os.getpid()}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(scan.reasons))
-        temporary.replace(reasons)
-        with temporary.open("wb") as file:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_text(reasons, json.dumps(scan.reasons))
+        with whole(table) as temporary, temporary.open("wb") as file:
             np.save(file, scan.table)
-        temporary.replace(table)
     except OSError as error:
         raise UserError(
-            f"cannot write the index of the data to {temporary.parent}: {error.strerror}; name another place in "
+            f"cannot write the index of the data to {table.parent}: {error.strerror}; name another place in "
             "config.data.index."
         ) from error

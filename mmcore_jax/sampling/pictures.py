@@ -12,6 +12,7 @@ from mmcore_jax.data import image as image_lib
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.sampling import requests
 from mmcore_jax.sampling.requests import Job
+from mmcore_jax.writing import whole
 
 Settings = dict[str, str]  # by name, as the metadata of a PNG keeps them
 
@@ -91,9 +92,8 @@ def split_rows(jobs: Sequence[Job]) -> list[Sequence[Job]]:
 
 
 def _write(picture: Image.Image, path: pathlib.Path, information: PngImagePlugin.PngInfo | None = None) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        picture.save(temporary, "PNG", pnginfo=information)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            picture.save(temporary, "PNG", pnginfo=information)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error

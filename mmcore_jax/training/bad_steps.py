@@ -21,6 +21,7 @@ import numpy as np
 from mmcore_jax import processes
 from mmcore_jax.config import BadSteps, Config, UserError
 from mmcore_jax.data.pipeline import Batch
+from mmcore_jax.writing import whole
 
 # The least standard deviation of the logarithms that counts: what hardly varies is not judged by its noise.
 _LEAST = np.array([0.01, 0.1], np.float32)
@@ -157,9 +158,7 @@ class Watch:
     def _write(self, rollbacks: list[dict[str, int]]) -> None:
         self._rollbacks = rollbacks
         if processes.is_first():
-            temporary = self._path.with_suffix(".tmp")
-            with temporary.open("w") as file:
+            with whole(self._path) as temporary, temporary.open("w") as file:
                 json.dump(rollbacks, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._path)

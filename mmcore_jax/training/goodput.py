@@ -23,6 +23,8 @@ from typing import Any
 
 import jax
 
+from mmcore_jax.writing import write_text
+
 PARTS = ("useful", "start", "compile", "data_wait", "checkpoint", "evaluation", "lost", "down")
 _POLL = 0.005  # seconds
 
@@ -87,9 +89,7 @@ class Goodput:
         """Writes the account down; returns it as metrics: each part's share of the wall time, and that in seconds."""
         self.enter(self._part)
         if jax.process_index() == 0:
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"seconds": self.seconds, "until": time.time()}))
-            temporary.replace(self._path)
+            write_text(self._path, json.dumps({"seconds": self.seconds, "until": time.time()}))
         total = sum(self.seconds.values())
         shares = {f"goodput/{part}": seconds / total for part, seconds in self.seconds.items()}
         return shares | {"goodput/wall_seconds": total}

@@ -11,6 +11,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mmcore_jax.writing import write_text
+
 
 class Telemetry:
     """Writes `metrics.jsonl` and TensorBoard events into a workdir, and shows progress."""
@@ -85,6 +87,4 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def _truncate(path: pathlib.Path, step: int) -> None:
     """Takes back what comes after a step; what comes before the first one is of a beginning, and goes with it."""
     kept = [record for record in read_metrics(path.parent) if step and record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -18,6 +18,7 @@ from mmcore_jax.data.example import BadExample
 from mmcore_jax.data.sources import RandomAccess
 from mmcore_jax.data.sources.array_record import WRITER_OPTIONS
 from mmcore_jax.progress import Progress
+from mmcore_jax.writing import write_text
 
 
 class Converted(NamedTuple):
@@ -90,9 +91,7 @@ class _Job(NamedTuple):
         return {shard: counts for shard, counts in found["finished"].items() if self.path(int(shard)).is_file()}
 
     def write_finished(self, finished: dict[str, dict]) -> None:
-        partial = self.manifest().with_suffix(".partial")
-        partial.write_text(json.dumps({"job": self.identity, "finished": finished}))
-        os.replace(partial, self.manifest())
+        write_text(self.manifest(), json.dumps({"job": self.identity, "finished": finished}))
 
 
 def _write(job: _Job, shard: int) -> dict:
