@@ -9,13 +9,16 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-# Options of XLA for the step, by platform, each with its reason. What XLA_FLAGS or LIBTPU_INIT_ARGS say counts more.
+# Options of XLA for the step, by platform or kind of device, each with its reason. What XLA_FLAGS or LIBTPU_INIT_ARGS
+# say counts more.
 OPTIONS: dict[str, dict[str, bool | int]] = {
     "tpu": {
         # Gradients of several slices are summed over the data-centre network: without these two, after the backward
         # pass and not beside it.
         "xla_tpu_enable_data_parallel_all_reduce_opt": True,
         "xla_tpu_data_parallel_opt_different_sized_ops": True,
+    },
+    "TPU v5 lite": {  # the compiler refuses them for others
         # Gradients are scattered over the chips of a group while the next products run, not between them.
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
         "xla_enable_async_reduce_scatter_fusion": True,
@@ -30,7 +33,8 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 def compiled_step(step: Callable, mesh: Mesh) -> Callable:
     """The step as it runs: compiled, with the state given away. `plan` compiles the same ahead of time."""
     given = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
-    options = OPTIONS.get(mesh.devices.flat[0].platform, {})
+    device = mesh.devices.flat[0]
+    options = OPTIONS.get(device.platform, {}) | OPTIONS.get(device.device_kind, {})
     options = {name: value for name, value in options.items() if f"--{name}=" not in given}
     return jax.jit(step, donate_argnums=0, compiler_options=options or None)
 
