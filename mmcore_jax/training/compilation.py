@@ -32,11 +32,13 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 
 def compiled_step(step: Callable, mesh: Mesh) -> Callable:
     """The step as it runs: compiled, with the state given away. `plan` compiles the same ahead of time."""
+    return jax.jit(step, donate_argnums=0, compiler_options=_options(mesh.devices.flat[0]) or None)
+
+
+def _options(device: jax.Device) -> dict[str, bool | int]:
     given = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
-    device = mesh.devices.flat[0]
     options = OPTIONS.get(device.platform, {}) | OPTIONS.get(device.device_kind, {})
-    options = {name: value for name, value in options.items() if f"--{name}=" not in given}
-    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
+    return {name: value for name, value in options.items() if f"--{name}=" not in given}
 
 
 def keep_programs(directory: str | None, workdir: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """The step is compiled with the options of its platform, unless the environment has them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,3 +22,15 @@ def test_options_reach_the_compiler(monkeypatch):
         compilation.compiled_step(double, mesh)(*given)
     monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_option=false")
     assert compilation.compiled_step(double, mesh)(*given)[0].tolist() == [2, 2]
+
+
+def test_what_the_compiler_refuses_for_other_chips_is_for_v5e_alone():
+    """It does so of programs that are too large for a test, such as stage 1 of 7B."""
+
+    def options(kind: str) -> dict:
+        return compilation._options(types.SimpleNamespace(platform="tpu", device_kind=kind))
+
+    assert any("reduce_scatter" in name for name in options("TPU v5 lite"))
+    for kind in ("TPU v5", "TPU v6 lite"):
+        assert options(kind) == compilation.OPTIONS["tpu"]
+        assert not any("reduce_scatter" in name for name in options(kind))
