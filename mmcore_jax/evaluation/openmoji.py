@@ -151,6 +151,13 @@ def present_edits(trained_on: Sequence[Example]) -> list[str]:
     return [task for task in SINGLE + MULTIPLE if task in tasks]
 
 
+def concept(example: Example) -> str:
+    """What an example shows, or an edit is of, apart from what the edit changes: what is held out or not as a whole."""
+    pieces = example["id"].split("/")[1:]
+    source = next((piece for piece in pieces if ">" in piece), pieces[0]).split(">")[0]
+    return "+".join(map(openmoji.base_concept, source.split("+")))
+
+
 def shuffled(examples: Sequence[Example], seed: int, name: str) -> list[Example]:
     """A stable shuffle, by the seed and the name of the set."""
     order = np.random.default_rng((seed, zlib.crc32(name.encode()))).permutation(len(examples))
@@ -211,10 +218,16 @@ class Edit:
 
 
 def choose_edits(data: Drawings, task: str, cases: int, seed: int) -> list[Edit]:
-    """Draws held-out edits that change something visible. Members are the family, or else all targets of the task."""
+    """Draws held-out edits that change something visible, of each concept in turn.
+
+    Members are the family, or else all targets of the task.
+    """
     examples = data.examples(task, "held_out")
     targets = list(dict.fromkeys(images(example)[-1] for example in examples))
-    made = (_make_edit(data, example, data.family(example) or targets) for example in shuffled(examples, seed, task))
+    groups: dict[str, list[Example]] = {}
+    for example in shuffled(examples, seed, task):
+        groups.setdefault(concept(example), []).append(example)
+    made = (_make_edit(data, example, data.family(example) or targets) for example in round_robin(groups.values()))
     return list(itertools.islice((edit for edit in made if edit.changed.any()), cases))
 
 
@@ -246,14 +259,14 @@ def score_pictures(quizzes: dict[str, Quiz], edits: dict[str, list[Edit]], drawn
 def score_quiz(name: str, quiz: Quiz, drawn: Drawn, extract: Extract) -> dict[str, Score]:
     """Is what was drawn nearest to the right candidate, by features (cosine) and by pixels (squared error)?"""
     pictures = [drawn[name, pathways] for pathways in PATHWAYS]
-    groups = [quiz.candidates, *pictures]
-    known, *features = _split(extract(np.concatenate(groups)), groups)
-    result = {}
+    shown = [quiz.candidates, *pictures]
+    known, *features = _split(extract(np.concatenate(shown)), shown)
+    result, groups = {}, [concept(request) for request in quiz.requests]
     for pathways, drawings, feature in zip(PATHWAYS, pictures, features):
         by_pixels = np.stack([scores.squared_errors(drawing, quiz.candidates) for drawing in drawings])
         by_features = -scores.cosines(feature, known)
-        result[f"{pathways}/top1_features"] = scores.proportion(scores.is_nearest(by_features, quiz.answers))
-        result[f"{pathways}/top1_pixels"] = scores.proportion(scores.is_nearest(by_pixels, quiz.answers))
+        result[f"{pathways}/top1_features"] = scores.proportion(scores.is_nearest(by_features, quiz.answers), groups)
+        result[f"{pathways}/top1_pixels"] = scores.proportion(scores.is_nearest(by_pixels, quiz.answers), groups)
     chance = scores.exact(1 / len(quiz.candidates), len(quiz.requests))
     return result | {"chance/top1_features": chance, "chance/top1_pixels": chance}
 
@@ -282,12 +295,13 @@ def _edit_scores(edits: list[Edit], pictures: np.ndarray) -> dict[str, Score]:
         for edit, picture in zip(edits, pictures)
     ]
     sources, targets = np.stack([edit.source for edit in edits]), np.stack([edit.target for edit in edits])
-    changed = np.stack([edit.changed for edit in edits])
+    changed, groups = np.stack([edit.changed for edit in edits]), [concept(edit.request) for edit in edits]
+    errors, copied = scores.squared_errors(pictures, targets), scores.squared_errors(sources, targets)
     return {
-        "accuracy": scores.proportion(np.array(right)),
-        "error_ratio": scores.ratio(scores.squared_errors(pictures, targets), scores.squared_errors(sources, targets)),
-        "error_inside": scores.mean(scores.masked_errors(pictures, targets, changed)),
-        "error_outside": scores.mean(scores.masked_errors(pictures, targets, ~changed)),
+        "accuracy": scores.proportion(np.array(right), groups),
+        "error_ratio": scores.ratio(errors, copied, groups),
+        "error_inside": scores.mean(scores.masked_errors(pictures, targets, changed), groups),
+        "error_outside": scores.mean(scores.masked_errors(pictures, targets, ~changed), groups),
     }
 
 
@@ -321,11 +335,12 @@ def _quiz_alignment(quiz: Quiz, predicted: np.ndarray, known: np.ndarray) -> dic
     """Cosine, and retrieval among the images of the set. The cosine by chance is that with the other images."""
     by_query = np.mean([scores.cosines(predicted[:, q], known[:, q]) for q in range(known.shape[1])], axis=0)
     cases, others = np.arange(len(predicted)), max(len(known) - 1, 1)
-    own = by_query[cases, quiz.answers]
+    own, groups = by_query[cases, quiz.answers], [concept(request) for request in quiz.requests]
+    right = scores.is_nearest(-_flat_cosines(predicted, known), quiz.answers)
     return {
-        "predicted/cosine": scores.mean(own),
-        "predicted/retrieval": scores.proportion(scores.is_nearest(-_flat_cosines(predicted, known), quiz.answers)),
-        "chance/cosine": scores.mean((by_query.sum(axis=1) - own) / others),
+        "predicted/cosine": scores.mean(own, groups),
+        "predicted/retrieval": scores.proportion(right, groups),
+        "chance/cosine": scores.mean((by_query.sum(axis=1) - own) / others, groups),
         "chance/retrieval": scores.exact(1 / len(known), len(cases)),
     }
 
@@ -336,7 +351,7 @@ def _family_alignment(edits: list[Edit], predicted: np.ndarray, known: list[np.n
         for rows, members, edit in zip(predicted, known, edits)
     ]
     return {
-        "predicted/retrieval_in_family": scores.proportion(np.array(right)),
+        "predicted/retrieval_in_family": scores.proportion(np.array(right), [concept(e.request) for e in edits]),
         "chance/retrieval_in_family": _chance(edits),
     }
 

@@ -1,9 +1,11 @@
 """Scores with 95% intervals, and what they are computed from: masked errors and nearest neighbours.
 
-`n` cases, M candidates, D feature width.
+`n` cases, M candidates, D feature width. Cases of one of the `groups`, `[n]` names, such as edits of one person, tell
+less than as many independent ones; without groups each case is one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,28 +29,48 @@ Scores = dict[str, dict[str, dict[str, Score]]]
 # --- Intervals --------------------------------------------------------------------------------------------------------
 
 
-def proportion(right: np.ndarray) -> Score:
-    """The share of `right`, bool `[n]`, with Wilson's interval (JASA 1927)."""
-    n = len(right)
+def proportion(right: np.ndarray, groups: Sequence[str] | None = None) -> Score:
+    """The share of `right`, bool `[n]`, with Wilson's interval (JASA 1927) for as many cases as they are worth."""
     share = float(np.mean(right))
+    n = _worth(np.asarray(right), groups)
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return Score(share, min(share, centre - half), max(share, centre + half), n)
+    return Score(share, min(share, centre - half), max(share, centre + half), len(right))
 
 
-def mean(values: np.ndarray) -> Score:
+def _worth(right: np.ndarray, groups: Sequence[str] | None) -> float:
+    """The number of independent cases whose share varies as that of these does, by what groups differ (Kish 1965).
+
+    Where nothing varies, a group counts as one case.
+    """
+    of_case, count = _numbered(groups, n := len(right))
+    excess = right - right.mean()
+    if not excess.any() or count == 1:
+        return count
+    effect = np.sum(np.bincount(of_case, excess) ** 2) / np.sum(excess**2) * (count / (count - 1)) * ((n - 1) / n)
+    return n / max(1.0, effect)
+
+
+def mean(values: np.ndarray, groups: Sequence[str] | None = None) -> Score:
     """The mean of `values`, `[n]`, with a percentile bootstrap interval."""
-    return ratio(values, np.ones(len(values)))
+    return ratio(values, np.ones(len(values)), groups)
 
 
-def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Score:
-    """The ratio of the means of two paired `[n]`, with a percentile bootstrap interval over the pairs."""
-    numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    n = len(numerators)
-    drawn = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
-    resampled = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Score(float(numerators.sum() / denominators.sum()), float(low), float(high), n)
+def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: Sequence[str] | None = None) -> Score:
+    """The ratio of the means of two paired `[n]`, with a percentile bootstrap interval over the groups of pairs."""
+    of_case, count = _numbered(groups, len(numerators))
+    above, below = (np.bincount(of_case, values, count) for values in (numerators, denominators))
+    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    low, high = np.percentile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [2.5, 97.5])
+    return Score(float(above.sum() / below.sum()), float(low), float(high), len(numerators))
+
+
+def _numbered(groups: Sequence[str] | None, n: int) -> tuple[np.ndarray, int]:
+    """The number of each case's group `[n]`, and how many there are."""
+    if groups is None:
+        return np.arange(n), n
+    names, numbers = np.unique(groups, return_inverse=True)
+    return numbers, len(names)
 
 
 def exact(value: float, n: int) -> Score:

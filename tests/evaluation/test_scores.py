@@ -29,6 +29,18 @@ def test_bootstrap_interval_of_a_mean_is_about_two_standard_errors():
     assert (score.low, score.high) == pytest.approx((score.value - 1.96 * error, score.value + 1.96 * error), abs=0.03)
 
 
+def test_cases_of_one_group_tell_as_much_as_one():
+    right, values = np.arange(200) % 3 == 0, np.random.default_rng(1).normal(3.0, 2.0, 200)
+    names = [f"{number:03}" for number in range(200)]
+    five = np.repeat(names, 5)
+    assert scores.proportion(right, names) == scores.proportion(right)
+    assert scores.proportion(np.repeat(right, 5), five)[:3] == pytest.approx(scores.proportion(right)[:3], abs=1e-3)
+    assert scores.mean(np.repeat(values, 5), five)[:3] == pytest.approx(scores.mean(values)[:3])
+    assert scores.proportion(np.ones(60, bool), names[:20] * 3)[:3] == scores.proportion(np.ones(20, bool))[:3]
+    # Groups whose cases differ as much as all do lose nothing.
+    assert scores.proportion(right, [str(n // 3) for n in range(200)]) == scores.proportion(right)
+
+
 def test_ratio_is_of_the_means_and_resamples_pairs():
     score = scores.ratio(np.array([1.0, 3.0]), np.array([2.0, 6.0]))
     assert score == pytest.approx((0.5, 0.5, 0.5, 2))  # a mean of ratios, or unpaired draws, would have an interval
