@@ -20,7 +20,7 @@ from mmcore_jax import pretrained
 from mmcore_jax.config import QwenVL, UserError, door
 from mmcore_jax.data.text import copy_tokenizer, token_ids
 from mmcore_jax.nn.layers import is_lora
-from mmcore_jax.training.checkpoint import load_lora, load_part, save_part
+from mmcore_jax.training.checkpoint import load_lora, load_part, save_part, split_step
 
 
 @door
@@ -34,13 +34,14 @@ def main(argv: Sequence[str]) -> None:
     if arguments.adapter:
         export_adapter(source, arguments.part, target, arguments.dtype)
         return
-    if pretrained.is_published(source):
+    directory, _ = split_step(source)
+    if pretrained.is_published(directory):
         loaded = pretrained.load(source, dtype=arguments.dtype, component=arguments.component)
         config, params, published = loaded.config, loaded.params, loaded.settings.file.parent
         save_part(target, loaded.family.part, config, params)
     else:
         config, params = load_part(source, arguments.part)
-        published, tokenizer = target, source / "tokenizer"
+        published, tokenizer = target, directory / "tokenizer"
         has_tokenizer = isinstance(config, QwenVL) and tokenizer.is_dir()
         settings = token_ids(tokenizer) if has_tokenizer else None
         pretrained.export(params, config, published, arguments.dtype, settings=settings)
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="source",
         type=pathlib.Path,
         required=True,
-        help="a published checkpoint or pipeline, the workdir of a finished run, or what this door has written",
+        help="a published checkpoint or pipeline, the workdir of a finished run, WORKDIR@STEP for a checkpoint of any, "
+        "or what this door has written",
     )
     parser.add_argument("--to", type=pathlib.Path, required=True, help="a directory to be made")
     parser.add_argument("--part", help="of a run: vlm, vision_target, dit")

@@ -27,7 +27,7 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
 from mmcore_jax.progress import progress
-from mmcore_jax.training.checkpoint import load_run
+from mmcore_jax.training.checkpoint import load_run, split_step
 from mmcore_jax.writing import write_text
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch
@@ -39,17 +39,17 @@ def main(argv: Sequence[str]) -> None:
     """Reads the command line, evaluates, prints the scores."""
     arguments = _parser().parse_args(argv)
     print(scores.table(evaluate(arguments)))
-    print(f"Scores and sheets are in {arguments.workdir / 'evaluation'}.")
+    print(f"Scores and sheets are in {place(arguments.workdir)}.")
 
 
 def evaluate(arguments: argparse.Namespace) -> Scores:
     """Evaluates a run as the command line says, and writes the scores, unless they are there."""
     if arguments.cases < 1 or (arguments.steps is not None and arguments.steps < 1):
         raise UserError("--cases and --steps must be at least 1.")
-    config = config_lib.from_json(arguments.workdir / "config.json")
+    config = read_config(arguments.workdir)
     suite = _suite(arguments.suite)
     settings = describe(arguments, config)
-    output = arguments.workdir / "evaluation"
+    output = place(arguments.workdir)
     results = read(output, settings)
     if results is not None:
         print(f"{output} is done already.")
@@ -64,7 +64,7 @@ def evaluate(arguments: argparse.Namespace) -> Scores:
 
 def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
     """Everything about a stage 2, and the alignment of its stage 1."""
-    config = config_lib.from_json(arguments.workdir / "config.json")
+    config = read_config(arguments.workdir)
     if config.sampling is None:
         raise UserError(
             f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
@@ -80,7 +80,7 @@ def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
 
 def evaluate_alignment(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
     """The alignment of a stage 1."""
-    config = config_lib.from_json(arguments.workdir / "config.json")
+    config = read_config(arguments.workdir)
     if config.objectives.alignment is None:
         raise UserError(
             f"{arguments.workdir} is a run of {config.stage}, which aligns nothing: give the workdir of a stage 1."
@@ -88,8 +88,8 @@ def evaluate_alignment(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
     return _score_alignment(arguments.workdir, arguments), {}
 
 
-def _score_alignment(workdir: pathlib.Path, arguments: argparse.Namespace) -> Scores:
-    run = _load(workdir)
+def _score_alignment(source: pathlib.Path, arguments: argparse.Namespace) -> Scores:
+    run = _load(source)
     data = Drawings(arguments.data, run.config.model.vision_target.vision.image_size)
     return {"alignment": openmoji.score_alignment(run, data, arguments.seed)}
 
@@ -122,21 +122,32 @@ def make_extract() -> openmoji.Extract:
 
 
 def find_aligned(config: Config) -> pathlib.Path | None:
-    """The workdir of the run that aligned the connector of this one, if one did."""
+    """The run that aligned the connector of this one, as `load_run` takes it, if one did."""
     while config.objectives.alignment is None:
-        workdir = config.init["connector"]
-        if workdir == "random":
+        source = config.init["connector"]
+        if source == "random":
             return None
-        config = config_lib.from_json(pathlib.Path(workdir) / "config.json")
-    return pathlib.Path(workdir)
+        config = read_config(source)
+    return pathlib.Path(source)
 
 
-def _load(workdir: pathlib.Path) -> Run:
-    config, model, params = load_run(workdir)
-    return Run(config, model, params, load_tokenizer(workdir / "tokenizer"))
+def _load(source: pathlib.Path) -> Run:
+    config, model, params = load_run(source)
+    return Run(config, model, params, load_tokenizer(split_step(source)[0] / "tokenizer"))
+
+
+def read_config(source: str | pathlib.Path) -> Config:
+    """The config of a run, as `load_run` takes it."""
+    return config_lib.from_json(split_step(source)[0] / "config.json")
 
 
 # --- What is written --------------------------------------------------------------------------------------------------
+
+
+def place(source: pathlib.Path) -> pathlib.Path:
+    """Where scores of a run go, those of WORKDIR@STEP to `WORKDIR/evaluation@STEP`."""
+    workdir, step = split_step(source)
+    return workdir / (f"evaluation@{step}" if step else "evaluation")
 
 
 def describe(arguments: argparse.Namespace, config: Config) -> dict:
@@ -145,7 +156,8 @@ def describe(arguments: argparse.Namespace, config: Config) -> dict:
     if arguments.steps is not None:
         sampling["steps"] = arguments.steps
     names = {name: getattr(arguments, name) for name in ("suite", "cases", "seed", "data")}
-    described = {**names, "checkpoint_step": config.total_steps, "training_seed": config.seed, "sampling": sampling}
+    step = split_step(arguments.workdir)[1] or config.total_steps
+    described = {**names, "checkpoint_step": step, "training_seed": config.seed, "sampling": sampling}
     return json.loads(json.dumps(described))  # tuples become lists, as they are read back
 
 
@@ -183,7 +195,9 @@ def _suite(name: str) -> Callable[[argparse.Namespace], tuple[Scores, Sheets]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a finished run")
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, required=True, help="of a finished run, or WORKDIR@STEP, a checkpoint of any"
+    )
     parser.add_argument("--suite", required=True, help=" or ".join(SUITES))
     parser.add_argument("--cases", type=int, default=100, help="of each set, at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the cases and the noise (default: %(default)s)")

@@ -31,7 +31,7 @@ from mmcore_jax.sampling import pictures, requests
 from mmcore_jax.sampling.pictures import Settings
 from mmcore_jax.sampling.requests import Job
 from mmcore_jax.sampling.session import Session, read_lines
-from mmcore_jax.training.checkpoint import load_run, run_id
+from mmcore_jax.training.checkpoint import load_run, run_id, split_step
 
 
 @door
@@ -58,7 +58,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a finished stage 2")
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        required=True,
+        help="of a finished stage 2, or WORKDIR@STEP, a checkpoint",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="a caption, or an instruction for the images")
     what.add_argument(
@@ -134,8 +139,10 @@ class Painter:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises `UserError` if the run is no stage 2."""
-        self._workdir, self._batch_size = arguments.workdir, arguments.batch_size
+        self._source, self._batch_size = arguments.workdir, arguments.batch_size
+        self._workdir, step = split_step(self._source)
         self.config = config_lib.from_json(self._workdir / "config.json")
+        self._step = step or self.config.total_steps
         if self.config.sampling is None:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."
@@ -192,7 +199,7 @@ class Painter:
         description = {"prompt": requests.prompt_of(job.request), "negative": self.negative_of(job) or ""}
         description |= {"images": " ".join(images), "seed": job.seed}
         description |= {"size": generate.show_size(self.size_of(job))} | dataclasses.asdict(self._settings)
-        description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self.config.total_steps}
+        description |= {"scale": self._scale, "workdir": self._workdir, "checkpoint_step": self._step}
         description["run"] = run_id(self._workdir)
         description["mmcore_jax"] = __version__
         return {name: str(value) for name, value in description.items()}
@@ -220,13 +227,13 @@ class Painter:
 
     @functools.cached_property
     def _generate(self) -> Callable[..., np.ndarray]:
-        return load_generator(self._workdir)
+        return load_generator(self._source)
 
 
-def load_generator(workdir: pathlib.Path) -> Callable[..., np.ndarray]:
-    """The sampler of a finished run: a `Generator` that holds its parameters."""
-    config, model, params = load_run(workdir)
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+def load_generator(source: pathlib.Path) -> Callable[..., np.ndarray]:
+    """The sampler of a run, as `load_run` takes it: a `Generator` that holds its parameters."""
+    config, model, params = load_run(source)
+    tokenizer = load_tokenizer(split_step(source)[0] / "tokenizer")
     return functools.partial(Generator(config, model, tokenizer, converses=True), params)
 
 

@@ -148,14 +148,18 @@ def train(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def write_run(workdir: pathlib.Path, config: Config) -> pathlib.Path:
-    """Writes the workdir of a finished run, whose parameters are random numbers, none of them zero."""
+def write_run(workdir: pathlib.Path, config: Config, steps: tuple[int, ...] = ()) -> pathlib.Path:
+    """Writes the workdir of a finished run, or of one that has saved after `steps`.
+
+    Its parameters are random numbers, none of them zero.
+    """
     model, rng = MMCORE(config.model, config.execution), np.random.default_rng(0)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), packing.placeholder(config)))["params"]
-    params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
     checkpoints = Checkpoints(workdir, config)
-    state = State(np.int32(config.total_steps), {}, {}, flatten_dict(params, sep="/"))
-    checkpoints.save(state, Constants({}, {}), config.total_steps, {})
+    for step in steps or (config.total_steps,):
+        params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+        state = State(np.int32(step), {}, {}, flatten_dict(params, sep="/"))
+        checkpoints.save(state, Constants({}, {}), step, {})
     checkpoints.wait()
     (workdir / "config.json").write_text(config.to_json())
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")

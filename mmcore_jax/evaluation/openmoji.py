@@ -7,7 +7,6 @@ tested with fakes. `n` cases, M candidates, `S` the side of an image; images are
 import contextlib
 import dataclasses
 import itertools
-import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -24,6 +23,7 @@ from mmcore_jax.evaluation.probes import Run
 from mmcore_jax.evaluation.scores import Score, Scores
 from mmcore_jax.evaluation.sheet import Cell
 from mmcore_jax.progress import Progress
+from mmcore_jax.training.checkpoint import split_step
 
 CANDIDATES = 100
 FLOW_EXAMPLES = 32
@@ -102,7 +102,7 @@ def training_examples(config: Config) -> list[Example]:
 
 def earlier_stages(config: Config) -> Iterator[Config]:
     """Those of the runs that a run's diffusion transformer comes from."""
-    while (workdir := pathlib.Path(config.init.get("dit", "random"))).joinpath("checkpoints").is_dir():
+    while (workdir := split_step(config.init.get("dit", "random"))[0]).joinpath("checkpoints").is_dir():
         config = config_lib.from_json(workdir / "config.json")
         yield config
 

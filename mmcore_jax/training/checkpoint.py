@@ -53,6 +53,14 @@ def run_id(workdir: pathlib.Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def split_step(source: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Of `WORKDIR@STEP`, which names a checkpoint of a run, both; else the path, and None."""
+    directory, _, step = str(source).rpartition("@")
+    if directory and step.isdigit() and not pathlib.Path(source).exists():
+        return pathlib.Path(directory), int(step)
+    return pathlib.Path(source), None
+
+
 class Checkpoints:
     """The checkpoints of one run: in `WORKDIR/checkpoints`, and more frequent ones on a disk of each host.
 
@@ -317,7 +325,7 @@ def check_sources(config: Config) -> None:
     """Raises `UserError` if there is nothing where `config.init` says that a part comes from."""
     for part, source in config.init.items():
         if source != RANDOM:
-            _check_there(pathlib.Path(source), part, f"{config.stage} (config.init.{part})")
+            _check_there(split_step(source)[0], part, f"{config.stage} (config.init.{part})")
 
 
 def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
@@ -339,7 +347,7 @@ def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths:
         if source == RANDOM or not like:
             continue
         if part == "vlm":
-            _check_inputs(config, pathlib.Path(source))
+            _check_inputs(config, split_step(source)[0])
         params |= load_weights(source, part, config.model, like, f"{config.stage} (config.init.{part})")
     fresh = [path for path in paths if path not in params]
     _check_trained(config, plan, fresh)
@@ -351,11 +359,13 @@ def inherited_statistics(config: Config, frozen: Flat, where: jax.sharding.Shard
 
     What it predicts is centred by them: others would move its target.
     """
-    source = pathlib.Path(config.init["connector"])
-    if config.init["connector"] == RANDOM or (source / PART_FILE).is_file():
+    source = config.init["connector"]
+    directory, step = split_step(source)
+    if source == RANDOM or (directory / PART_FILE).is_file():
         return {}
-    manager = _reader(source)
-    record = manager.restore(manager.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    manager = _reader(directory)
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    record = manager.restore(step or manager.latest_step(), args=args)["record"]
     known = record["frozen"].get("vision_target", {}).get("fingerprint")
     ours = fingerprints(frozen).get("vision_target")
     return _load_statistics(source, where) if known == ours else {}
@@ -382,29 +392,32 @@ def _check_inputs(config: Config, source: pathlib.Path) -> None:
             check_processor(directory, config.model.vlm.vision)
 
 
-def load_run(workdir: pathlib.Path) -> tuple[Config, MMCORE, Params]:
-    """Loads a finished run for inference on the devices of this process: its config, model and (averaged) parameters.
+def load_run(source: pathlib.Path) -> tuple[Config, MMCORE, Params]:
+    """Loads a run for inference on the devices of this process: its config, model and (averaged) parameters.
+
+    Args:
+      source: the workdir of a finished run, or WORKDIR@STEP, a checkpoint of any.
 
     Raises:
-      UserError: if there is no finished run in `workdir`, or one that its frozen parts came from is missing.
+      UserError: if it is not there, or one that its frozen parts came from is missing.
     """
-    config = config_lib.from_json(workdir / "config.json")
+    config = config_lib.from_json(split_step(source)[0] / "config.json")
     model = MMCORE(config.model, config.execution)
     mesh = sharding.make_mesh(config_lib.Mesh(data=-1, fsdp=1, context=1, tensor=1), jax.local_devices())
     plan = make_plan(config, model, mesh, packing.placeholder(config))
     params: Flat = {}
     for part in sorted({path.split("/")[0] for path in plan.shapes}):
         like = plan.part(part, config.execution.frozen_dtype)
-        params |= load_weights(str(workdir), part, config.model, like, str(workdir))
-    return config, model, join(params, Constants({}, _load_statistics(workdir, sharding.replicated(mesh))))
+        params |= load_weights(str(source), part, config.model, like, str(source))
+    return config, model, join(params, Constants({}, _load_statistics(source, sharding.replicated(mesh))))
 
 
 def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by: str) -> Flat:
     """Loads weights of one part, onto their shardings.
 
     Args:
-      source: the workdir of a finished run (its EMA where kept; what it had frozen itself comes from where it had it
-        from), a part that `save_part` has written, or a published checkpoint.
+      source: the workdir of a finished run, or WORKDIR@STEP (its EMA where kept; what it had frozen itself comes from
+        where it had it from), a part that `save_part` has written, or a published checkpoint.
       part: of the model.
       model: must agree with what the source says of the part.
       like: shapes, dtypes and shardings of parameters of the part by path.
@@ -417,14 +430,14 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
       UserError: if there is nothing at `source` (naming the command that makes it, or the files to fetch), a run is
         unfinished, or the network there is another.
     """
-    directory = pathlib.Path(source)
+    directory, _ = split_step(source)
     _check_there(directory, part, wanted_by)
     if pretrained.is_published(directory):
         return _load_published(directory, part, model, _without_lora(like), wanted_by)
     if (directory / PART_FILE).is_file():
         _check_same_network(source, part, model, _read_part(directory)[1], wanted_by)
         return _restore_part(_reader(directory), 0, "params", _without_lora(like), wanted_by)
-    run = _open_run(directory, part, wanted_by)
+    run = _open_run(source, part, wanted_by)
     if (network := getattr(run.config.model, part, None)) is not None:
         _check_same_network(source, part, model, network, wanted_by)
     theirs = _lora_of(run.config.model, part)
@@ -447,7 +460,7 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
 
 
 class _Run(NamedTuple):
-    """The newest checkpoint of a finished run: `item`, averaged where it is kept so, holds the parameters `held`."""
+    """A checkpoint of a run: `item`, averaged where it is kept so, holds the parameters `held`."""
 
     config: Config
     manager: ocp.CheckpointManager
@@ -461,15 +474,23 @@ def has_saved(workdir: pathlib.Path) -> bool:
     return any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*"))
 
 
-def _open_run(directory: pathlib.Path, part: str, wanted_by: str) -> _Run:
+def _open_run(source: str | pathlib.Path, part: str, wanted_by: str) -> _Run:
+    directory, step = split_step(source)
     _check_there(directory, part, wanted_by)
     config = config_lib.from_json(directory / "config.json")
     manager = _reader(directory)
-    step = manager.latest_step() or 0
-    if step < config.total_steps:
-        raise UserError(
-            f"{directory} has reached step {step} of {config.total_steps}: finish it with {_command_for(directory)}"
-        )
+    saved = sorted(manager.all_steps())
+    if step is None:
+        step = saved[-1] if saved else 0
+        if step < config.total_steps:
+            other = f"name its checkpoint, {directory}@{step}, or " if saved else ""
+            raise UserError(
+                f"{directory} has reached step {step} of {config.total_steps}: {other}finish it with "
+                f"{_command_for(directory)}"
+            )
+    elif step not in saved:
+        there = f"there are {', '.join(map(str, saved))}" if saved else "it has none"
+        raise UserError(f"{wanted_by} names {source}, but there is no checkpoint of step {step}; {there}.")
     item = "ema" if config.optimizer.ema_decay else "params"
     return _Run(config, manager, step, item, set(_metadata(directory.absolute(), step)[item].tree))
 
@@ -543,8 +564,8 @@ def save_part(directory: pathlib.Path, part: str, config: Any, params: Any) -> N
             manager.save(0, args=ocp.args.Composite(params=arrays))
 
 
-def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
-    """Loads one part of a finished run, or what `save_part` has written, onto the first device.
+def load_part(source: pathlib.Path, part: str | None) -> tuple[Any, Any]:
+    """Loads one part of a run (`load_run`), or what `save_part` has written, onto the first device.
 
     Returns:
       its settings, a dataclass of `config.py`, and its parameter tree.
@@ -552,7 +573,7 @@ def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
     Raises:
       UserError: if there is no such part.
     """
-    dtypes = None
+    dtypes, (directory, _) = None, split_step(source)
     if (directory / PART_FILE).is_file():
         saved, config = _read_part(directory)
         if part not in (None, saved):
@@ -563,12 +584,12 @@ def load_part(directory: pathlib.Path, part: str | None) -> tuple[Any, Any]:
     else:
         model = _model_with(directory, part)
         config = getattr(model, part)
-    flat = load_weights(str(directory), part, model, _abstract(part, config, dtypes), str(directory))
+    flat = load_weights(str(source), part, model, _abstract(part, config, dtypes), str(source))
     return config, unflatten_dict(flat, sep="/")[part]
 
 
-def load_lora(workdir: pathlib.Path, part: str | None) -> tuple[Any, Any, str]:
-    """Loads the LoRA of a part of a finished run, onto the first device.
+def load_lora(source: pathlib.Path, part: str | None) -> tuple[Any, Any, str]:
+    """Loads the LoRA of a part of a run (`load_run`), onto the first device.
 
     Returns:
       the part's settings, the parameter tree of the LoRA alone, and where the weights lie that it is put on.
@@ -576,24 +597,25 @@ def load_lora(workdir: pathlib.Path, part: str | None) -> tuple[Any, Any, str]:
     Raises:
       UserError: if there is none, or the run has trained other weights of the part with it.
     """
-    model = None if pretrained.is_published(workdir) else _model_with(workdir, part)
+    directory, _ = split_step(source)
+    model = None if pretrained.is_published(directory) else _model_with(directory, part)
     if model is None or _lora_of(model, part) is None:
-        raise UserError(f"{workdir} has no LoRA: leave out --adapter, or name the workdir of a run that has.")
-    base, config = _lora_base(workdir, part), getattr(model, part)
+        raise UserError(f"{source} has no LoRA: leave out --adapter, or name the workdir of a run that has.")
+    base, config = _lora_base(source, part), getattr(model, part)
     like = {path: leaf for path, leaf in _abstract(part, config).items() if is_lora(path)}
-    flat = load_weights(str(workdir), part, model, like, str(workdir))
+    flat = load_weights(str(source), part, model, like, str(source))
     return config, unflatten_dict(flat, sep="/")[part], base
 
 
-def _lora_base(workdir: pathlib.Path, part: str) -> str:
+def _lora_base(source: pathlib.Path, part: str) -> str:
     """Follows LoRA to the weights that it is put on, which must have stayed as they were."""
-    run = _open_run(workdir, part, str(workdir))
+    run = _open_run(source, part, str(source))
     if _lora_of(run.config.model, part) is None:
-        return str(workdir)
+        return str(source)
     trained = [path for path in run.held if path.split("/")[0] == part and not is_lora(path)]
     if trained:
         raise UserError(
-            f"{workdir} has trained {min(trained)!r} beside its LoRA, which an adapter does not hold: leave out "
+            f"{source} has trained {min(trained)!r} beside its LoRA, which an adapter does not hold: leave out "
             "--adapter, and LoRA is merged."
         )
     origin = pathlib.Path(run.config.init[part])
@@ -639,10 +661,11 @@ def _metadata(workdir: pathlib.Path, step: int) -> Any:
     return _reader(workdir).item_metadata(step)
 
 
-def _load_statistics(workdir: pathlib.Path, where: jax.sharding.Sharding) -> Flat:
-    """The statistics of the data in a finished run's newest checkpoint."""
+def _load_statistics(source: str | pathlib.Path, where: jax.sharding.Sharding) -> Flat:
+    """The statistics of the data in a run's checkpoint, its newest unless `source` names one."""
+    workdir, step = split_step(source)
     manager = _reader(workdir)
-    step = manager.latest_step()
+    step = step or manager.latest_step()
     found = _metadata(workdir.absolute(), step)
     if "statistics" not in found.keys():  # noqa: SIM118, not a dict
         return {}

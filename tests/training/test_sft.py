@@ -1,13 +1,14 @@
 """Supervised fine-tuning as a stage after a stage: where its weights come from, and who finds whom."""
 
+import dataclasses
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from mmcore_jax import evaluate
 from mmcore_jax.config import UserError, from_json
-from mmcore_jax.evaluate import find_aligned
 from mmcore_jax.training import checkpoint
 from mmcore_jax.training.checkpoint import load_run
 from tests import tiny
@@ -54,7 +55,7 @@ def test_a_chain_of_stages(data) -> None:
     )
     np.testing.assert_array_equal(first, tuned)
     assert np.abs(other - first).max() > 1e-2, "centred by the mean of another vision target"
-    assert find_aligned(from_json(runs / "stage2_sft-openmoji/config.json")) == runs / "stage1_sft-openmoji"
+    assert evaluate.find_aligned(from_json(runs / "stage2_sft-openmoji/config.json")) == runs / "stage1_sft-openmoji"
 
 
 @pytest.mark.parametrize("stage", PARTS)
@@ -62,3 +63,24 @@ def test_what_is_missing_says_how_to_make_it(stage, data, tmp_path) -> None:
     missing = tmp_path / f"{stage}_sft-openmoji"
     with pytest.raises(UserError, match=f"--config=configs/{stage}_sft.py:openmoji --workdir={missing}"):
         checkpoint.check_sources(after(stage, data, *(f"--config.init.{part}={missing}" for part in PARTS[stage])))
+
+
+def test_a_checkpoint_of_a_run_has_the_name_of_its_step(data, tmp_path) -> None:
+    """`WORKDIR@STEP`, of a run that goes on: what starts from it, draws with it or is scored names it so."""
+    config = tiny.config("stage1", data)
+    run = tiny.write_run(tmp_path / "stage1-openmoji", config, steps=(5, 10))
+    with pytest.raises(UserError, match=f"has reached step 10 of 20: name its checkpoint, {run}@10, or finish it with"):
+        load_run(run)
+    with pytest.raises(UserError, match=f"{run}@7, but there is no checkpoint of step 7; there are 5, 10"):
+        load_run(f"{run}@7")
+    five, ten = (load_run(f"{run}@{step}")[2] for step in (5, 10))
+    (run / "config.json").write_text(dataclasses.replace(config, total_steps=10).to_json())
+    jax.tree.map(np.testing.assert_array_equal, load_run(run)[2], ten)
+    assert (five["queries"]["embedding"] != ten["queries"]["embedding"]).all()
+
+    tuned = after("stage1", data, *(f"--config.init.{part}={run}@5" for part in PARTS["stage1"]))
+    checkpoint.check_sources(dataclasses.replace(tuned, init=tuned.init | {"vision_target": "random"}))
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_part(f"{run}@5", "vlm")[1], five["vlm"])
+    assert evaluate.place(pathlib.Path(f"{run}@5")) == run / "evaluation@5"
+    (tmp_path / "here@5").mkdir()
+    assert checkpoint.split_step(tmp_path / "here@5") == (tmp_path / "here@5", None)
