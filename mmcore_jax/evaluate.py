@@ -27,7 +27,7 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
 from mmcore_jax.progress import progress
-from mmcore_jax.training.checkpoint import load_run, split_step
+from mmcore_jax.training.weights import load_run, split_step
 from mmcore_jax.writing import write_text
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch

@@ -27,9 +27,9 @@ from mmcore_jax.data.sources import index, native
 from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.progress import progress
-from mmcore_jax.training.checkpoint import check_sources, initial_params
 from mmcore_jax.training.precompute import precompute
 from mmcore_jax.training.state import freeze, make_plan
+from mmcore_jax.training.weights import check_sources, initial_params
 
 _PAGE_SIDE = 256  # pixels that an image takes on the contact sheet, at least
 _INDEXED = {"webdataset": WebDataset, "json_lines": JsonLines}

@@ -31,7 +31,8 @@ from mmcore_jax.sampling import pictures, requests
 from mmcore_jax.sampling.pictures import Settings
 from mmcore_jax.sampling.requests import Job
 from mmcore_jax.sampling.session import Session, read_lines
-from mmcore_jax.training.checkpoint import load_run, run_id, split_step
+from mmcore_jax.training.checkpoint import run_id
+from mmcore_jax.training.weights import load_run, split_step
 
 
 @door

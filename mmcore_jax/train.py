@@ -37,14 +37,7 @@ from mmcore_jax.mmcore import MMCORE, Params
 from mmcore_jax.objectives import alignment
 from mmcore_jax.progress import progress
 from mmcore_jax.training import bad_steps
-from mmcore_jax.training.checkpoint import (
-    RUN_FILE,
-    Checkpoints,
-    check_sources,
-    has_saved,
-    inherited_statistics,
-    initial_params,
-)
+from mmcore_jax.training.checkpoint import RUN_FILE, Checkpoints, has_saved
 from mmcore_jax.training.compilation import compiled_step, keep_programs
 from mmcore_jax.training.flops import peak_flops, step_flops
 from mmcore_jax.training.gauges import Gauges
@@ -54,6 +47,7 @@ from mmcore_jax.training.state import Constants, abstract_state, create_state, f
 from mmcore_jax.training.step import Metrics, make_encode, make_step
 from mmcore_jax.training.telemetry import Silence, Telemetry
 from mmcore_jax.training.watchdog import watching
+from mmcore_jax.training.weights import check_sources, inherited_statistics, initial_params
 from mmcore_jax.writing import write_text
 
 # A step's metrics are read when this many later steps have been dispatched: the device never waits for the host.

@@ -18,10 +18,11 @@ from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.generate import Generator
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.models.autoencoder import make_autoencoder
-from mmcore_jax.training.checkpoint import fingerprints, initial_params
+from mmcore_jax.training.checkpoint import fingerprints
 from mmcore_jax.training.flops import step_flops
 from mmcore_jax.training.state import Constants, create_state, freeze, join, make_plan
 from mmcore_jax.training.step import make_step
+from mmcore_jax.training.weights import initial_params
 from tests import tiny
 
 AUTOENCODER = dict(

@@ -23,7 +23,7 @@ from mmcore_jax.evaluation.probes import Run
 from mmcore_jax.evaluation.scores import Score, Scores
 from mmcore_jax.evaluation.sheet import Cell
 from mmcore_jax.progress import Progress
-from mmcore_jax.training.checkpoint import split_step
+from mmcore_jax.training.weights import split_step
 
 CANDIDATES = 100
 FLOW_EXAMPLES = 32

@@ -14,8 +14,9 @@ from mmcore_jax.config import UserError
 from mmcore_jax.data import packing
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.pretrained import table
-from mmcore_jax.training.checkpoint import fingerprints, initial_params
+from mmcore_jax.training.checkpoint import fingerprints
 from mmcore_jax.training.state import freeze, make_plan
+from mmcore_jax.training.weights import initial_params
 from tests import tiny
 from tests.pretrained.originals import ORIGINALS
 

@@ -18,7 +18,7 @@ from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.mmcore import MMCORE
 from mmcore_jax.nn.layers import is_lora
 from mmcore_jax.nn.masks import PAD
-from mmcore_jax.training import checkpoint
+from mmcore_jax.training import weights
 from mmcore_jax.training.flops import step_flops
 from mmcore_jax.training.state import Constants, join, make_plan
 from mmcore_jax.training.telemetry import read_metrics
@@ -55,7 +55,7 @@ def places(tmp_path_factory) -> Places:
     places = Places(*(tmp_path_factory.mktemp("runs") / name for name in names))
     tiny.write_dataset(places.data)
     tiny.train(tiny.config("stage1", places.data, "--config.total_steps=1"), places.base)
-    config, params = checkpoint.load_part(places.base, "vlm")
+    config, params = weights.load_part(places.base, "vlm")
     pretrained.export(params, config, places.published)
     tiny.train(configured(places, places.published), places.adapted)
     table = ({"pattern": "vlm/decoder/norm/scale"}, FREEZE, {"pattern": ".*"})
@@ -64,7 +64,7 @@ def places(tmp_path_factory) -> Places:
 
 
 def vlm(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    return flatten_dict({"vlm": jax.device_get(checkpoint.load_part(workdir, "vlm")[1])}, sep="/")
+    return flatten_dict({"vlm": jax.device_get(weights.load_part(workdir, "vlm")[1])}, sep="/")
 
 
 def start(config: Config, part: str = "vlm") -> tuple[dict[str, jax.Array], object]:
@@ -73,11 +73,11 @@ def start(config: Config, part: str = "vlm") -> tuple[dict[str, jax.Array], obje
     batch = Batches(config)[0].arrays
     plan = make_plan(config, model, mesh, batch)
     paths = [path for path in plan.shapes if path.startswith(f"{part}/")]
-    return checkpoint.initial_params(config, model, plan, batch, paths), plan
+    return weights.initial_params(config, model, plan, batch, paths), plan
 
 
 def held(workdir: pathlib.Path) -> set[str]:
-    return {path for path in checkpoint._open_run(workdir, "vlm", "").held if path.startswith("vlm/")}
+    return {path for path in weights._open_run(workdir, "vlm", "").held if path.startswith("vlm/")}
 
 
 # --- What trains ------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_resume(places, tmp_path, monkeypatch) -> None:
         patched.setattr(train.Telemetry, "log", log_and_stop)
         train.train(config, tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) < STEPS
-    other, params = checkpoint.load_part(places.later, "vlm")
+    other, params = weights.load_part(places.later, "vlm")
     pretrained.export(params, other, tmp_path / "other")
     with pytest.raises(UserError, match="the frozen part 'vlm'"):
         train.train(dataclasses.replace(config, init=config.init | {"vlm": str(tmp_path / "other")}), tmp_path / "run")

@@ -26,9 +26,9 @@ def curves(stage: str, data: str) -> dict[str, list[float]]:
     from mmcore_jax.data.pipeline import Batches
     from mmcore_jax.mmcore import MMCORE
     from mmcore_jax.objectives import alignment
-    from mmcore_jax.training.checkpoint import initial_params
     from mmcore_jax.training.state import Constants, create_state, freeze, join, make_plan
     from mmcore_jax.training.step import make_step
+    from mmcore_jax.training.weights import initial_params
 
     config = tiny.config(stage, pathlib.Path(data))
     batches, model = Batches(config), MMCORE(config.model, config.execution)

@@ -9,8 +9,8 @@ import pytest
 
 from mmcore_jax import evaluate
 from mmcore_jax.config import UserError, from_json
-from mmcore_jax.training import checkpoint
-from mmcore_jax.training.checkpoint import load_run
+from mmcore_jax.training import weights
+from mmcore_jax.training.weights import load_run
 from tests import tiny
 
 PARTS = {"stage1": ("vlm", "queries", "connector"), "stage2": ("vlm", "queries", "connector", "conditioning", "dit")}
@@ -50,7 +50,7 @@ def test_a_chain_of_stages(data) -> None:
     tiny.train(after("stage1", data, "--config.init.vision_target=random"), runs / "other-openmoji")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     first, tuned, other = (
-        checkpoint._load_statistics(runs / f"{name}-openmoji", here)["target_mean"]
+        weights._load_statistics(runs / f"{name}-openmoji", here)["target_mean"]
         for name in ("stage1", "stage1_sft", "other")
     )
     np.testing.assert_array_equal(first, tuned)
@@ -62,7 +62,7 @@ def test_a_chain_of_stages(data) -> None:
 def test_what_is_missing_says_how_to_make_it(stage, data, tmp_path) -> None:
     missing = tmp_path / f"{stage}_sft-openmoji"
     with pytest.raises(UserError, match=f"--config=configs/{stage}_sft.py:openmoji --workdir={missing}"):
-        checkpoint.check_sources(after(stage, data, *(f"--config.init.{part}={missing}" for part in PARTS[stage])))
+        weights.check_sources(after(stage, data, *(f"--config.init.{part}={missing}" for part in PARTS[stage])))
 
 
 def test_a_checkpoint_of_a_run_has_the_name_of_its_step(data, tmp_path) -> None:
@@ -79,8 +79,8 @@ def test_a_checkpoint_of_a_run_has_the_name_of_its_step(data, tmp_path) -> None:
     assert (five["queries"]["embedding"] != ten["queries"]["embedding"]).all()
 
     tuned = after("stage1", data, *(f"--config.init.{part}={run}@5" for part in PARTS["stage1"]))
-    checkpoint.check_sources(dataclasses.replace(tuned, init=tuned.init | {"vision_target": "random"}))
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_part(f"{run}@5", "vlm")[1], five["vlm"])
+    weights.check_sources(dataclasses.replace(tuned, init=tuned.init | {"vision_target": "random"}))
+    jax.tree.map(np.testing.assert_array_equal, weights.load_part(f"{run}@5", "vlm")[1], five["vlm"])
     assert evaluate.place(pathlib.Path(f"{run}@5")) == run / "evaluation@5"
     (tmp_path / "here@5").mkdir()
-    assert checkpoint.split_step(tmp_path / "here@5") == (tmp_path / "here@5", None)
+    assert weights.split_step(tmp_path / "here@5") == (tmp_path / "here@5", None)

@@ -11,10 +11,11 @@ from mmcore_jax import sharding
 from mmcore_jax.config import Config
 from mmcore_jax.data.pipeline import Batches
 from mmcore_jax.mmcore import MMCORE
-from mmcore_jax.training.checkpoint import fingerprints, initial_params
+from mmcore_jax.training.checkpoint import fingerprints
 from mmcore_jax.training.compilation import compiled_step
 from mmcore_jax.training.state import Constants, create_state, freeze, make_plan
 from mmcore_jax.training.step import make_step
+from mmcore_jax.training.weights import initial_params
 from tests import tiny
 
 STEPS = 60
