@@ -663,8 +663,8 @@ class Execution:
 
     Matrix products run in `compute_dtype`, frozen parameters are kept in `frozen_dtype`; `scan_layers` compiles one
     layer and loops over it, `remat` names what the backward pass recomputes ("attention": all but what `flash` gave;
-    "qkv": nor what it took). Compiled programs are kept for the next start in the directory `compilation_cache`, in the
-    workdir unless it is absolute.
+    "qkv": nor what it took; "dots": all but what `flash` and matrix products gave). Compiled programs are kept for the
+    next start in the directory `compilation_cache`, in the workdir unless it is absolute.
     """
 
     compute_dtype: Literal["float32", "bfloat16"]

@@ -16,7 +16,10 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(flash.SAVED),
     "qkv": jax.checkpoint_policies.save_only_these_names(flash.SAVED, flash.TAKEN),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(flash.SAVED),
+    ),
 }
 
 

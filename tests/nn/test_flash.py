@@ -139,7 +139,9 @@ def test_a_mesh_changes_nothing():
     tiny.call(sharded, devices=8)
 
 
-@pytest.mark.parametrize(("remat", "forward", "inputs"), [("full", 2, 2), ("attention", 1, 2), ("qkv", 1, 1)])
+@pytest.mark.parametrize(
+    ("remat", "forward", "inputs"), [("full", 2, 2), ("attention", 1, 2), ("qkv", 1, 1), ("dots", 1, 2)]
+)
 def test_what_remat_keeps_is_not_computed_again(remat, forward, inputs):
     """In the program for TPUs, which needs none until it is compiled."""
     meta, (q, k, v) = documents([150, 106]), arrays(256, 256)
