@@ -677,7 +677,10 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. `init` maps each part to "random", the workdir of the stage that made it, or a published checkpoint."""
+    """A run.
+
+    `init` maps each part to "random", the workdir of the stage that made it, WORKDIR@STEP, or a published checkpoint.
+    """
 
     stage: str
     recipe: str

@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.adapter:
         export_adapter(source, arguments.part, target, arguments.dtype)
         return
-    directory, _ = split_step(source)
-    if pretrained.is_published(directory):
+    directory, step = split_step(source)
+    if step is None and pretrained.is_published(directory):
         loaded = pretrained.load(source, dtype=arguments.dtype, component=arguments.component)
         config, params, published = loaded.config, loaded.params, loaded.settings.file.parent
         save_part(target, loaded.family.part, config, params)

@@ -1,4 +1,4 @@
-"""Scores a trained run: a table, JSON, and sheets of pictures in WORKDIR/evaluation.
+"""Scores a trained run: a table, JSON, and sheets of pictures in WORKDIR/evaluation, or evaluation@STEP.
 
     python -m mmcore_jax.evaluate --workdir=runs/stage2-openmoji --suite=openmoji
     python -m mmcore_jax.evaluate --workdir=runs/stage1-openmoji --suite=alignment
@@ -27,7 +27,7 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
 from mmcore_jax.progress import progress
-from mmcore_jax.training.weights import load_run, split_step
+from mmcore_jax.training.weights import load_run, split_step, step_of
 from mmcore_jax.writing import write_text
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch
@@ -70,6 +70,7 @@ def evaluate_openmoji(arguments: argparse.Namespace) -> tuple[Scores, Sheets]:
             f"{arguments.workdir} is a run of {config.stage}, which draws nothing: give the workdir of a stage 2."
         )
     data = Drawings(arguments.data, config.data.image_size)
+    step_of(arguments.workdir, "--workdir")
     stage1 = find_aligned(config)  # first, since what it lacks would be missed when all has been drawn
     alignment = _score_alignment(stage1, arguments) if stage1 else {}
     run = _load(arguments.workdir)
@@ -147,7 +148,7 @@ def read_config(source: str | pathlib.Path) -> Config:
 def place(source: pathlib.Path) -> pathlib.Path:
     """Where scores of a run go, those of WORKDIR@STEP to `WORKDIR/evaluation@STEP`."""
     workdir, step = split_step(source)
-    return workdir / (f"evaluation@{step}" if step else "evaluation")
+    return workdir / ("evaluation" if step is None else f"evaluation@{step}")
 
 
 def describe(arguments: argparse.Namespace, config: Config) -> dict:
@@ -156,7 +157,8 @@ def describe(arguments: argparse.Namespace, config: Config) -> dict:
     if arguments.steps is not None:
         sampling["steps"] = arguments.steps
     names = {name: getattr(arguments, name) for name in ("suite", "cases", "seed", "data")}
-    step = split_step(arguments.workdir)[1] or config.total_steps
+    _, step = split_step(arguments.workdir)
+    step = config.total_steps if step is None else step
     described = {**names, "checkpoint_step": step, "training_seed": config.seed, "sampling": sampling}
     return json.loads(json.dumps(described))  # tuples become lists, as they are read back
 

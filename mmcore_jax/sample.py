@@ -143,7 +143,7 @@ class Painter:
         self._source, self._batch_size = arguments.workdir, arguments.batch_size
         self._workdir, step = split_step(self._source)
         self.config = config_lib.from_json(self._workdir / "config.json")
-        self._step = step or self.config.total_steps
+        self._step = self.config.total_steps if step is None else step
         if self.config.sampling is None:
             raise UserError(
                 f"{self._workdir} is a run of {self.config.stage}, which draws nothing: give the workdir of a stage 2."

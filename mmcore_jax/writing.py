@@ -1,8 +1,8 @@
 """Local files that are there as a whole or not at all, however their writer ends."""
 
 import contextlib
-import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
 
@@ -13,7 +13,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       OSError: if it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         temporary.replace(path)

@@ -159,7 +159,8 @@ def write_run(workdir: pathlib.Path, config: Config, steps: tuple[int, ...] = ()
     for step in steps or (config.total_steps,):
         params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
         state = State(np.int32(step), {}, {}, flatten_dict(params, sep="/"))
-        checkpoints.save(state, Constants({}, {}), step, {})
+        statistics = {"seen": np.float32(step)} if steps else {}
+        checkpoints.save(state, Constants({}, statistics), step, {})
     checkpoints.wait()
     (workdir / "config.json").write_text(config.to_json())
     keep_tokenizer(config.data.tokenizer, workdir / "tokenizer")

@@ -215,7 +215,7 @@ def check_contents(contents: list[dict[str, str]], before: dict[str, str] | None
         if before and before[name] != found:
             raise UserError(
                 f"data source {name!r} has other records than this run has drawn from so far, so that their order "
-                "would change: bring those back, or begin another run from its checkpoint (config.init)."
+                "would change: bring those back, or begin another run from a checkpoint (config.init, WORKDIR@STEP)."
             )
 
 

@@ -14,7 +14,7 @@ from mmcore_jax.data import image as image_lib
 from mmcore_jax.data.example import BadExample, Example
 from mmcore_jax.data.geometry import Shape
 from mmcore_jax.data.layout import Interleaved, Lengths, Pairs
-from mmcore_jax.data.sources import open_sources
+from mmcore_jax.data.sources import check_found, open_sources
 from mmcore_jax.data.text import Encoder, load_tokenizer
 from mmcore_jax.progress import Progress
 
@@ -34,11 +34,11 @@ class Prepared(NamedTuple):
 
 
 def check_there(config: Config) -> None:
-    """Raises `UserError` if the tokenizer, a source of a run or one of its gauges is missing: opening them shows it."""
+    """Raises `UserError` if the tokenizer, or a source of a run or of its gauges, is missing; reads no shard."""
     load_tokenizer(config.data.tokenizer)
-    open_sources(config.data.sources)
+    check_found(config.data.sources)
     if config.gauges and config.gauges.every:
-        open_sources(config.gauges.sources)
+        check_found(config.gauges.sources)
 
 
 class Reader:

@@ -7,6 +7,7 @@ tested with fakes. `n` cases, M candidates, `S` the side of an image; images are
 import contextlib
 import dataclasses
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -31,6 +32,8 @@ PATHWAYS = ("both", "text", "visual")
 # Kinds of edits; those that a run has not trained on are left out.
 SINGLE, MULTIPLE = ("edit_tone", "edit_gender", "edit_colour"), ("compose", "compose_parts", *openmoji.SEQUENCES)
 VISIBLE = 8  # of 255: a pixel has changed where a channel differs by more
+
+_HEXCODE = re.compile(r"[0-9A-F]{3,}(-[0-9A-F]{3,})*(~\w+)?")
 
 Draw = Callable[[Sequence[Example], str], np.ndarray]  # (requests, pathways) -> uint8 [n, S, S, 3]
 Extract = Callable[[np.ndarray], np.ndarray]  # uint8 [n, S, S, 3] -> float32 [n, D]
@@ -152,10 +155,19 @@ def present_edits(trained_on: Sequence[Example]) -> list[str]:
 
 
 def concept(example: Example) -> str:
-    """What an example shows, or an edit is of, apart from what the edit changes: what is held out or not as a whole."""
+    """What an example is of, apart from what an edit changes: of several concepts, those that are held out, if any are.
+
+    What has no id of a drawing is of itself.
+    """
     pieces = example["id"].split("/")[1:]
-    source = next((piece for piece in pieces if ">" in piece), pieces[0]).split(">")[0]
-    return "+".join(map(openmoji.base_concept, source.split("+")))
+    drawings = next((piece for piece in pieces if ">" in piece), pieces[0] if pieces else "").split(">")
+    given = drawings if example["task"] in openmoji.SEQUENCES else drawings[:1]
+    hexcodes = [hexcode for drawing in given for hexcode in drawing.split("+")]
+    if not all(map(_HEXCODE.fullmatch, hexcodes)):
+        return example["id"]
+    bases = set(map(openmoji.base_concept, hexcodes))
+    held_out = {base for base in bases if openmoji.split_of(base) == "held_out"}
+    return "+".join(sorted(held_out or bases))
 
 
 def shuffled(examples: Sequence[Example], seed: int, name: str) -> list[Example]:
@@ -218,16 +230,10 @@ class Edit:
 
 
 def choose_edits(data: Drawings, task: str, cases: int, seed: int) -> list[Edit]:
-    """Draws held-out edits that change something visible, of each concept in turn.
-
-    Members are the family, or else all targets of the task.
-    """
+    """Draws held-out edits that change something visible. Members are the family, or else all targets of the task."""
     examples = data.examples(task, "held_out")
     targets = list(dict.fromkeys(images(example)[-1] for example in examples))
-    groups: dict[str, list[Example]] = {}
-    for example in shuffled(examples, seed, task):
-        groups.setdefault(concept(example), []).append(example)
-    made = (_make_edit(data, example, data.family(example) or targets) for example in round_robin(groups.values()))
+    made = (_make_edit(data, example, data.family(example) or targets) for example in shuffled(examples, seed, task))
     return list(itertools.islice((edit for edit in made if edit.changed.any()), cases))
 
 
@@ -374,15 +380,15 @@ def score_flow(run: Run, quizzes: dict[str, Quiz], edits: dict[str, list[Edit]],
     }
     sets = {name: requests[:cases] for name, requests in sets.items() if requests}
     losses = _split(probes.flow_losses(run, list(itertools.chain(*sets.values())), seed), list(sets.values()))
-    return {name: _flow_scores(rows) for name, rows in zip(sets, losses)}
+    return {name: _flow_scores(rows, list(map(concept, sets[name]))) for name, rows in zip(sets, losses)}
 
 
-def _flow_scores(losses: np.ndarray) -> dict[str, Score]:
+def _flow_scores(losses: np.ndarray, groups: Sequence[str]) -> dict[str, Score]:
     result = {}
     for dropped, rows in zip(probes.DROPPED, np.moveaxis(losses, 1, 0)):
         for number, name in enumerate(probes.timestep_bins()):
-            result[f"drop_{dropped}/{name}"] = scores.mean(rows[:, number])
-        result[f"drop_{dropped}/t_0.0_1.0"] = scores.mean(rows.mean(axis=1))
+            result[f"drop_{dropped}/{name}"] = scores.mean(rows[:, number], groups)
+        result[f"drop_{dropped}/t_0.0_1.0"] = scores.mean(rows.mean(axis=1), groups)
     return result
 
 

@@ -39,30 +39,42 @@ def proportion(right: np.ndarray, groups: Sequence[str] | None = None) -> Score:
 
 
 def _worth(right: np.ndarray, groups: Sequence[str] | None) -> float:
-    """The number of independent cases whose share varies as that of these does, by what groups differ (Kish 1965).
+    """The number of independent cases whose share is as well known as that of these (Korn and Graubard 1998).
 
-    Where nothing varies, a group counts as one case.
+    It is `n` by the design effect, how much more the share varies as groups differ; less what few groups tell of that.
     """
     of_case, count = _numbered(groups, n := len(right))
-    excess = right - right.mean()
-    if not excess.any() or count == 1:
+    if count in (1, n):
         return count
-    effect = np.sum(np.bincount(of_case, excess) ** 2) / np.sum(excess**2) * (count / (count - 1)) * ((n - 1) / n)
-    return n / max(1.0, effect)
+    excess, effect = right - right.mean(), 1.0
+    if excess.any():
+        effect = np.sum(np.bincount(of_case, excess) ** 2) / np.sum(excess**2) * (count / (count - 1)) * ((n - 1) / n)
+    return n / max(1.0, effect) * (_quantile(n - 1) / _quantile(count - 1)) ** 2
 
 
 def mean(values: np.ndarray, groups: Sequence[str] | None = None) -> Score:
-    """The mean of `values`, `[n]`, with a percentile bootstrap interval."""
+    """The mean of `values`, `[n]`, with an interval as that of `ratio`."""
     return ratio(values, np.ones(len(values)), groups)
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: Sequence[str] | None = None) -> Score:
-    """The ratio of the means of two paired `[n]`, with a percentile bootstrap interval over the groups of pairs."""
-    of_case, count = _numbered(groups, len(numerators))
-    above, below = (np.bincount(of_case, values, count) for values in (numerators, denominators))
-    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    low, high = np.percentile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [2.5, 97.5])
-    return Score(float(above.sum() / below.sum()), float(low), float(high), len(numerators))
+    """The ratio of the means of two paired `[n]`, with a percentile bootstrap interval over the pairs.
+
+    Of groups, which may be few, with Student's, from how their sums differ from what the ratio makes of them (Cochran
+    1977, ratio estimator); not a number for one group.
+    """
+    numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    n, value = len(numerators), float(numerators.sum() / denominators.sum())
+    of_case, count = _numbered(groups, n)
+    if count == n:
+        drawn = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
+        resampled = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
+        return Score(value, *map(float, np.percentile(resampled, [2.5, 97.5])), n)
+    if count == 1:
+        return Score(value, math.nan, math.nan, n)
+    left = np.bincount(of_case, numerators - value * denominators)
+    half = _quantile(count - 1) * math.sqrt(count / (count - 1) * np.sum(left**2)) / abs(denominators.sum())
+    return Score(value, value - half, value + half, n)
 
 
 def _numbered(groups: Sequence[str] | None, n: int) -> tuple[np.ndarray, int]:
@@ -71,6 +83,12 @@ def _numbered(groups: Sequence[str] | None, n: int) -> tuple[np.ndarray, int]:
         return np.arange(n), n
     names, numbers = np.unique(groups, return_inverse=True)
     return numbers, len(names)
+
+
+def _quantile(freedom: int) -> float:
+    from scipy import stats  # takes a while, and training needs it not
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def exact(value: float, n: int) -> Score:

@@ -27,13 +27,14 @@ _STARTS, _DONES = ([f"{name}-{end}" for name in (*COLLECTIVES, "async")] for end
 # What takes no time and touches no memory of its own.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "opt-barrier")
 FREE += ("recv", "recv-done", "send-done")
-_PASSING_ON = (*FREE, "while", "call", "conditional", "custom-call")
+_PASSING_ON = (*(name for name in FREE if name != "recv"), "send", "while", "call", "conditional", "custom-call")
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "c128": 128, "bf16": 16}
 _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
 # Between slices: hosts transfer what every chip sends, and each receives the result.
-_SENT = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}",_xla_megascale_transfer_type="(\w+)"')
+_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -407,13 +408,18 @@ def sender(inside: Computation, instruction: Instruction) -> str | None:
 
 
 def _between_slices(inside: Computation, instruction: Instruction) -> Collective | None:
-    """The transfer that a chip's `send` belongs to, in which the chips at its place in all slices take part."""
-    found = _SENT.search(instruction.text)
+    """The transfer that a chip's `send` belongs to, in which the chips at its place in all slices take part.
+
+    Should it not say which these are, all chips do.
+    """
+    found, among = _SENT.search(instruction.text), _SLICES.search(instruction.text)
     if not found:
         return None
-    slices, kind = len(found[1].split(",")), found[3].lower().replace("_", "-")
+    kind = found[1].lower().replace("_", "-")
     sent = sum(array.bytes for array in inside[instruction.operands[0]].arrays)
-    in_slice = 1 + int(found[2])
+    if not among:
+        return Collective(kind, sent, ())
+    slices, in_slice = len(among[1].split(",")), 1 + int(among[2])
     group = tuple(range(0, slices * in_slice, in_slice))
     return Collective(kind, sent * slices if kind == "all-gather" else sent, group)
 

@@ -35,17 +35,20 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 
 def split_step(source: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     """Of `WORKDIR@STEP`, which names a checkpoint of a run, both; else the path, and None."""
-    directory, _, step = str(source).rpartition("@")
-    if directory and step.isdigit() and not pathlib.Path(source).exists():
+    directory, _, step = str(pathlib.Path(source)).rpartition("@")
+    if directory and step.isdecimal() and not pathlib.Path(source).exists():
         return pathlib.Path(directory), int(step)
     return pathlib.Path(source), None
 
 
 def check_sources(config: Config) -> None:
-    """Raises `UserError` if there is nothing where `config.init` says that a part comes from."""
+    """Raises `UserError` if there is not, or not yet, what `config.init` says that a part comes from."""
     for part, source in config.init.items():
         if source != RANDOM:
-            _check_there(split_step(source)[0], part, f"{config.stage} (config.init.{part})")
+            wanted_by = f"{config.stage} (config.init.{part})"
+            _check_there(split_step(source)[0], part, wanted_by)
+            if _is_of_run(source):
+                step_of(source, wanted_by)
 
 
 def initial_params(config: Config, model: MMCORE, plan: Plan, batch: Any, paths: list[str]) -> Flat:
@@ -85,7 +88,7 @@ def inherited_statistics(config: Config, frozen: Flat, where: jax.sharding.Shard
         return {}
     manager = _reader(directory)
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = manager.restore(step or manager.latest_step(), args=args)["record"]
+    record = manager.restore(manager.latest_step() if step is None else step, args=args)["record"]
     known = record["frozen"].get("vision_target", {}).get("fingerprint")
     ours = fingerprints(frozen).get("vision_target")
     return _load_statistics(source, where) if known == ours else {}
@@ -150,8 +153,10 @@ def load_weights(source: str, part: str, model: Model, like: Abstract, wanted_by
       UserError: if there is nothing at `source` (naming the command that makes it, or the files to fetch), a run is
         unfinished, or the network there is another.
     """
-    directory, _ = split_step(source)
+    directory, step = split_step(source)
     _check_there(directory, part, wanted_by)
+    if step is not None and not _is_of_run(source):
+        raise UserError(f"{wanted_by} names {source}, but {directory} is no run: it has no steps.")
     if pretrained.is_published(directory):
         return _load_published(directory, part, model, _without_lora(like), wanted_by)
     if (directory / PART_FILE).is_file():
@@ -189,25 +194,42 @@ class _Run(NamedTuple):
     held: set[str]
 
 
-def _open_run(source: str | pathlib.Path, part: str, wanted_by: str) -> _Run:
+def step_of(source: str | pathlib.Path, wanted_by: str) -> int:
+    """The step of the checkpoint that a WORKDIR or WORKDIR@STEP names.
+
+    Raises:
+      UserError: if it is not there, or the run of a WORKDIR is unfinished.
+    """
     directory, step = split_step(source)
-    _check_there(directory, part, wanted_by)
-    config = config_lib.from_json(directory / "config.json")
-    manager = _reader(directory)
-    saved = sorted(manager.all_steps())
-    if step is None:
-        step = saved[-1] if saved else 0
-        if step < config.total_steps:
-            other = f"name its checkpoint, {directory}@{step}, or " if saved else ""
-            raise UserError(
-                f"{directory} has reached step {step} of {config.total_steps}: {other}finish it with "
-                f"{_command_for(directory)}"
-            )
-    elif step not in saved:
+    total = config_lib.from_json(directory / "config.json").total_steps
+    saved = sorted(_reader(directory).all_steps())
+    last = saved[-1] if saved else 0
+    if step is None and last < total:
+        other = f"name a checkpoint, such as {directory}@{last}, or " if saved else ""
+        raise UserError(
+            f"{directory} has reached step {last} of {total}: {other}finish it with {_command_for(directory)}"
+        )
+    if step is not None and step not in saved:
         there = f"there are {', '.join(map(str, saved))}" if saved else "it has none"
-        raise UserError(f"{wanted_by} names {source}, but there is no checkpoint of step {step}; {there}.")
+        raise UserError(
+            f"{wanted_by} names {source}, but there is no checkpoint of step {step}; {there}. A run keeps its last "
+            "config.checkpoint.keep and every config.checkpoint.keep_period steps."
+        )
+    return last if step is None else step
+
+
+def _is_of_run(source: str | pathlib.Path) -> bool:
+    directory, _ = split_step(source)
+    return not pretrained.is_published(directory) and not (directory / PART_FILE).is_file()
+
+
+def _open_run(source: str | pathlib.Path, part: str, wanted_by: str) -> _Run:
+    directory, _ = split_step(source)
+    _check_there(directory, part, wanted_by)
+    step, config = step_of(source, wanted_by), config_lib.from_json(directory / "config.json")
     item = "ema" if config.optimizer.ema_decay else "params"
-    return _Run(config, manager, step, item, set(_metadata(directory.absolute(), step)[item].tree))
+    held = set(_metadata(directory.absolute(), step)[item].tree)
+    return _Run(config, _reader(directory), step, item, held)
 
 
 def _lora_of(model: Model, part: str) -> Lora | None:
@@ -334,8 +356,7 @@ def _lora_base(source: pathlib.Path, part: str) -> str:
             "--adapter, and LoRA is merged."
         )
     origin = pathlib.Path(run.config.init[part])
-    is_run = not pretrained.is_published(origin) and not (origin / PART_FILE).is_file()
-    return _lora_base(origin, part) if is_run else str(origin)
+    return _lora_base(origin, part) if _is_of_run(origin) else str(origin)
 
 
 def _model_with(workdir: pathlib.Path, part: str | None) -> Model:
@@ -380,7 +401,7 @@ def _load_statistics(source: str | pathlib.Path, where: jax.sharding.Sharding) -
     """The statistics of the data in a run's checkpoint, its newest unless `source` names one."""
     workdir, step = split_step(source)
     manager = _reader(workdir)
-    step = step or manager.latest_step()
+    step = manager.latest_step() if step is None else step
     found = _metadata(workdir.absolute(), step)
     if "statistics" not in found.keys():  # noqa: SIM118, not a dict
         return {}

@@ -34,11 +34,33 @@ def test_cases_of_one_group_tell_as_much_as_one():
     names = [f"{number:03}" for number in range(200)]
     five = np.repeat(names, 5)
     assert scores.proportion(right, names) == scores.proportion(right)
-    assert scores.proportion(np.repeat(right, 5), five)[:3] == pytest.approx(scores.proportion(right)[:3], abs=1e-3)
-    assert scores.mean(np.repeat(values, 5), five)[:3] == pytest.approx(scores.mean(values)[:3])
-    assert scores.proportion(np.ones(60, bool), names[:20] * 3)[:3] == scores.proportion(np.ones(20, bool))[:3]
-    # Groups whose cases differ as much as all do lose nothing.
-    assert scores.proportion(right, [str(n // 3) for n in range(200)]) == scores.proportion(right)
+    assert scores.proportion(np.repeat(right, 5), five)[:3] == pytest.approx(scores.proportion(right)[:3], abs=2e-3)
+    assert scores.mean(np.repeat(values, 5), five)[:3] == pytest.approx(scores.mean(values)[:3], abs=0.02)
+    # Groups whose cases differ as much as all do lose little.
+    mixed = scores.proportion(right, [str(n // 3) for n in range(200)])
+    assert mixed[:3] == pytest.approx(scores.proportion(right)[:3], abs=2e-3)
+    assert mixed.low < scores.proportion(right).low
+
+
+def test_few_groups_tell_little():
+    shapes = ["circle"] * 84 + ["diamond"] * 6 + ["bird"] * 5 + ["mark"] * 5
+    right, all_right = np.arange(100) % 10 != 0, np.ones(100, bool)
+    apart, together = scores.proportion(right), scores.proportion(right, shapes)
+    assert (together.value, together.n) == (apart.value, 100)
+    assert together.high - together.low > 1.2 * (apart.high - apart.low)
+    assert scores.proportion(all_right, shapes).low < scores.proportion(all_right).low
+    assert scores.proportion(np.arange(100) > 0, shapes).low < scores.proportion(all_right, shapes).low
+    assert scores.proportion(right, ["circle"] * 100).low < 0.3
+    assert np.isnan(scores.mean(right, ["circle"] * 100)[1:3]).all()
+
+
+def test_a_ratio_over_groups_is_that_of_survey_samples():
+    """Cochran (1977): of clusters, by how their totals differ from the ratio of all times theirs."""
+    above, below, groups = np.array([3.0, 1, 2, 6, 4, 2]), np.array([4.0, 2, 2, 6, 8, 2]), list("aabbcc")
+    value = above.sum() / below.sum()
+    left = np.array([4 - value * 6, 8 - value * 8, 6 - value * 10])
+    half = 4.302653 * np.sqrt(3 / 2 * np.sum(left**2)) / 24
+    assert scores.ratio(above, below, groups) == pytest.approx((value, value - half, value + half, 6), rel=1e-5)
 
 
 def test_ratio_is_of_the_means_and_resamples_pairs():

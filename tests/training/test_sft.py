@@ -69,7 +69,8 @@ def test_a_checkpoint_of_a_run_has_the_name_of_its_step(data, tmp_path) -> None:
     """`WORKDIR@STEP`, of a run that goes on: what starts from it, draws with it or is scored names it so."""
     config = tiny.config("stage1", data)
     run = tiny.write_run(tmp_path / "stage1-openmoji", config, steps=(5, 10))
-    with pytest.raises(UserError, match=f"has reached step 10 of 20: name its checkpoint, {run}@10, or finish it with"):
+    finish = f"has reached step 10 of 20: name a checkpoint, such as {run}@10, or finish it with"
+    with pytest.raises(UserError, match=finish):
         load_run(run)
     with pytest.raises(UserError, match=f"{run}@7, but there is no checkpoint of step 7; there are 5, 10"):
         load_run(f"{run}@7")
@@ -77,6 +78,8 @@ def test_a_checkpoint_of_a_run_has_the_name_of_its_step(data, tmp_path) -> None:
     (run / "config.json").write_text(dataclasses.replace(config, total_steps=10).to_json())
     jax.tree.map(np.testing.assert_array_equal, load_run(run)[2], ten)
     assert (five["queries"]["embedding"] != ten["queries"]["embedding"]).all()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    assert [weights._load_statistics(f"{run}{step}", here)["seen"] for step in ("", "@5", "@10")] == [10, 5, 10]
 
     tuned = after("stage1", data, *(f"--config.init.{part}={run}@5" for part in PARTS["stage1"]))
     weights.check_sources(dataclasses.replace(tuned, init=tuned.init | {"vision_target": "random"}))

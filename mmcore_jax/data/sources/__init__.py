@@ -7,8 +7,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from mmcore_jax.config import Source, UserError
+from mmcore_jax.config import Source, Tfds, UserError
 from mmcore_jax.data.example import Example
+from mmcore_jax.data.sources import files
 
 
 class RandomAccess(Protocol):
@@ -31,6 +32,15 @@ class RandomAccess(Protocol):
 def open_sources(settings: Mapping[str, Source]) -> list[RandomAccess]:
     """Opens all of `config.data.sources`, or of `config.gauges.sources`; raises as `open_source` does."""
     return [open_source(name, source) for name, source in settings.items()]
+
+
+def check_found(settings: Mapping[str, Source]) -> None:
+    """Raises `UserError` for a source that there is nothing of, or not all shards."""
+    for name, source in settings.items():
+        if isinstance(source, Tfds):
+            open_source(name, source)
+        else:
+            files.find(name, source.shards)
 
 
 def open_source(name: str, settings: Source) -> RandomAccess:
