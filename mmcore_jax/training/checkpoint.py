@@ -212,10 +212,15 @@ def _local_manager(workdir: pathlib.Path, config: Config) -> ocp.CheckpointManag
         raise UserError(f"cannot write to config.checkpoint.local {root}: {error.strerror}.") from error
     # Orbax says at every save that it does not know how much all processes write together.
     logging.get_absl_logger().addFilter(lambda record: "Global object size" not in record.getMessage())
+    # What Orbax says of directories made in the background all processes hear, and take another's for their own: one
+    # that is slow would write where nothing is yet, fail, and the others wait for it.
+    asynchronous = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     return ocp.CheckpointManager(
         directory,
         item_handlers=handlers,
-        options=ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=among),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=False, multiprocessing_options=among, async_options=asynchronous
+        ),
     )
 
 
