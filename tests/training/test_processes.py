@@ -35,14 +35,29 @@ def data(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
-def start(data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int) -> list[subprocess.Popen]:
-    """Trains stage 0 in `count` processes of `devices` devices each."""
+# The second process takes its time to make the directories of a checkpoint.
+SLOW = """
+import asyncio, os
+from orbax.checkpoint._src.path import atomicity
+async def create(self, known=atomicity.AtomicRenameTemporaryPath.create):
+    await asyncio.sleep(2 * (os.environ["JAX_PROCESS_ID"] == "1"))
+    return await known(self)
+atomicity.AtomicRenameTemporaryPath.create = create
+"""
+
+
+def start(
+    data: pathlib.Path, workdir: pathlib.Path, count: int, devices: int, *extra: str, before: str = ""
+) -> list[subprocess.Popen]:
+    """Trains stage 0 in `count` processes of `devices` devices each; `before` is Python that each runs first."""
     given = [*tiny.overrides("stage0", data), "--config.init.vision_target=random"]
     given += [f"--config.total_steps={STEPS}", "--config.data.bad_record_limit=0.9"]
     given += ["--config.checkpoint.every=20", "--config.checkpoint.keep=9", "--stopped_code=75"]
     given += ["--config.checkpoint.local_every=5", f"--config.checkpoint.local={workdir}-local"]
-    command = tiny.command("train", "--config=configs/stage0.py", f"--workdir={workdir}", *given)
-    return tiny.start(command, count, devices, workdir)
+    python, option, run, *arguments = tiny.command(
+        "train", "--config=configs/stage0.py", f"--workdir={workdir}", *given
+    )
+    return tiny.start([python, option, before + run, *arguments, *extra], count, devices, workdir)
 
 
 def wait_until(running: list[subprocess.Popen], true: Callable[[], bool]) -> None:
@@ -101,6 +116,18 @@ def test_processes_come_and_go(data, tmp_path) -> None:
     assert expected["data/bad/text_to_image"][-1] > 8, "no record was left out"
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=0 if name.startswith("data/") else 1e-5, err_msg=name)
+
+
+@pytest.mark.whole_runs
+def test_a_process_that_is_slow_to_save_on_its_own_disk_is_waited_for(data, tmp_path) -> None:
+    """It does not take the directories of the other for its own, which have been made by then."""
+    running = start(data, tmp_path / "run", 2, 1, "--config.total_steps=8", before=SLOW)
+    try:
+        assert [process.wait(LIMIT / 4) for process in running] == [0, 0], output(tmp_path / "run", 1)
+    finally:
+        for process in running:
+            process.kill()
+    assert len([*tmp_path.glob("run-local/*/process_?_of_2*/5/commit_success.txt")]) == 2
 
 
 def call_roll(count: int, present: list[int], timeout: float) -> dict[int, str]:
