@@ -726,6 +726,14 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     return _convert(Config, settings.to_dict(), "config", file)
 
 
+def split_step(source: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Of `WORKDIR@STEP`, which names a checkpoint of a run, both; else the path, and None."""
+    directory, _, step = str(pathlib.Path(source)).rpartition("@")
+    if directory and step.isdecimal() and not pathlib.Path(source).exists():
+        return pathlib.Path(directory), int(step)
+    return pathlib.Path(source), None
+
+
 def from_json(path: str | pathlib.Path) -> Config:
     """Reads the `config.json` that a run has written."""
     path = pathlib.Path(path)

@@ -17,10 +17,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mmcore_jax import pretrained
-from mmcore_jax.config import QwenVL, UserError, door
+from mmcore_jax.config import QwenVL, UserError, door, split_step
 from mmcore_jax.data.text import copy_tokenizer, token_ids
 from mmcore_jax.nn.layers import is_lora
-from mmcore_jax.training.weights import load_lora, load_part, save_part, split_step
+from mmcore_jax.training.weights import load_lora, load_part, save_part
 
 
 @door

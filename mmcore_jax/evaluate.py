@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import Config, UserError, door
+from mmcore_jax.config import Config, UserError, door, split_step
 from mmcore_jax.data.example import Example
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.evaluation import openmoji, scores
@@ -27,7 +27,7 @@ from mmcore_jax.evaluation.sheet import sheet
 from mmcore_jax.generate import Generator
 from mmcore_jax.models import efficientnet
 from mmcore_jax.progress import progress
-from mmcore_jax.training.weights import load_run, split_step, step_of
+from mmcore_jax.training.weights import load_run, step_of
 from mmcore_jax.writing import write_text
 
 BATCH_SIZE = 20  # divides the usual numbers of cases, so that little is drawn to fill up a batch

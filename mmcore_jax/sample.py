@@ -21,7 +21,7 @@ import numpy as np
 
 from mmcore_jax import __version__, generate
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import UserError, door
+from mmcore_jax.config import UserError, door, split_step
 from mmcore_jax.data.image import MAXIMUM_PIXELS
 from mmcore_jax.data.text import load_tokenizer
 from mmcore_jax.diffusion.solver import SOLVERS
@@ -32,7 +32,7 @@ from mmcore_jax.sampling.pictures import Settings
 from mmcore_jax.sampling.requests import Job
 from mmcore_jax.sampling.session import Session, read_lines
 from mmcore_jax.training.checkpoint import run_id
-from mmcore_jax.training.weights import load_run, split_step
+from mmcore_jax.training.weights import load_run
 
 
 @door
@@ -60,10 +60,7 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcore_jax.sample", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--workdir",
-        type=pathlib.Path,
-        required=True,
-        help="of a finished stage 2, or WORKDIR@STEP, a checkpoint",
+        "--workdir", type=pathlib.Path, required=True, help="of a finished stage 2, or WORKDIR@STEP, a checkpoint"
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="a caption, or an instruction for the images")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from mmcore_jax import config as config_lib
-from mmcore_jax.config import ArrayRecord, Config, Source
+from mmcore_jax.config import ArrayRecord, Config, Source, split_step
 from mmcore_jax.data import image as image_lib
 from mmcore_jax.data import openmoji
 from mmcore_jax.data.example import BadExample, Example
@@ -24,7 +24,6 @@ from mmcore_jax.evaluation.probes import Run
 from mmcore_jax.evaluation.scores import Score, Scores
 from mmcore_jax.evaluation.sheet import Cell
 from mmcore_jax.progress import Progress
-from mmcore_jax.training.weights import split_step
 
 CANDIDATES = 100
 FLOW_EXAMPLES = 32

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmcore_jax import config as config_lib
 from mmcore_jax import pretrained, sharding
-from mmcore_jax.config import Config, Lora, Model, UserError
+from mmcore_jax.config import Config, Lora, Model, UserError, split_step
 from mmcore_jax.data import packing
 from mmcore_jax.data.image import check_processor, processor_file
 from mmcore_jax.data.text import check_same_tokenizer
@@ -31,14 +31,6 @@ RANDOM = "random"
 PART_FILE = "part.json"
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
-
-
-def split_step(source: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """Of `WORKDIR@STEP`, which names a checkpoint of a run, both; else the path, and None."""
-    directory, _, step = str(pathlib.Path(source)).rpartition("@")
-    if directory and step.isdecimal() and not pathlib.Path(source).exists():
-        return pathlib.Path(directory), int(step)
-    return pathlib.Path(source), None
 
 
 def check_sources(config: Config) -> None:
@@ -83,12 +75,11 @@ def inherited_statistics(config: Config, frozen: Flat, where: jax.sharding.Shard
     What it predicts is centred by them: others would move its target.
     """
     source = config.init["connector"]
-    directory, step = split_step(source)
+    directory, _ = split_step(source)
     if source == RANDOM or (directory / PART_FILE).is_file():
         return {}
-    manager = _reader(directory)
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = manager.restore(manager.latest_step() if step is None else step, args=args)["record"]
+    record = _reader(directory).restore(step_of(source, "config.init.connector"), args=args)["record"]
     known = record["frozen"].get("vision_target", {}).get("fingerprint")
     ours = fingerprints(frozen).get("vision_target")
     return _load_statistics(source, where) if known == ours else {}
@@ -398,17 +389,15 @@ def _metadata(workdir: pathlib.Path, step: int) -> Any:
 
 
 def _load_statistics(source: str | pathlib.Path, where: jax.sharding.Sharding) -> Flat:
-    """The statistics of the data in a run's checkpoint, its newest unless `source` names one."""
-    workdir, step = split_step(source)
-    manager = _reader(workdir)
-    step = manager.latest_step() if step is None else step
+    """The statistics of the data in a run's checkpoint."""
+    workdir, step = split_step(source)[0], step_of(source, str(source))
     found = _metadata(workdir.absolute(), step)
     if "statistics" not in found.keys():  # noqa: SIM118, not a dict
         return {}
     leaves = found["statistics"].tree.items()
     wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in leaves}
     restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
-    return manager.restore(step, args=ocp.args.Composite(statistics=restore))["statistics"]
+    return _reader(workdir).restore(step, args=ocp.args.Composite(statistics=restore))["statistics"]
 
 
 def _is_run(directory: pathlib.Path) -> bool:
